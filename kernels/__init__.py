@@ -1,0 +1,23 @@
+"""Local attention kernels: softmax attention of query rows and key rows over a list of tiles."""
+
+from ringattn.kernels.base import Kernel
+from ringattn.kernels.cpu_flash import CpuFlashKernel
+from ringattn.kernels.matmul import MatmulKernel
+from ringattn.kernels.merge import accumulator_dtype, merge_partial
+from ringattn.kernels.reference import DenseAttention, dense_attention
+from ringattn.kernels.select import choose_kernel, kernel_by_name, kernel_names
+from ringattn.kernels.tiles import TILE
+
+__all__ = [
+    "TILE",
+    "CpuFlashKernel",
+    "DenseAttention",
+    "Kernel",
+    "MatmulKernel",
+    "accumulator_dtype",
+    "choose_kernel",
+    "dense_attention",
+    "kernel_by_name",
+    "kernel_names",
+    "merge_partial",
+]

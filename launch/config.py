@@ -1,0 +1,159 @@
+"""The configuration of a training run: frozen dataclasses, one per section of the YAML file.
+
+`ringattn.launch.config_load` reads and writes them, `ringattn.launch.config_check` refuses
+impossible combinations. Every key is reachable as ``section.key=value`` on the command line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, what it runs on and how long it waits for a rank.
+
+    Attributes:
+        dir: run folder; everything the run writes lies below it.
+        name: title of the loss curve; "" takes the folder's name.
+        device: "auto" takes the GPUs when there are any, else the CPU.
+        timeout_s: seconds a collective waits for another rank before the run fails.
+    """
+
+    dir: str = "runs/default"
+    name: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The prepared corpus and how it is cut into sequences.
+
+    Attributes:
+        path: folder written by ``ringattn prepare``.
+        seq_len: tokens per packed sequence, shared by the cp ranks.
+        source: what to prepare `path` from when it does not exist: a file, a folder, or "stdlib"
+            (the Python standard library's own source). null: `path` must exist.
+        tokenizer: tokenizer used for that preparation: "bytes" or a Hugging Face folder.
+    """
+
+    path: str = "data/stdlib"
+    seq_len: int = 8192
+    source: str | None = None
+    tokenizer: str = "bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model: a named size; what is not null overrides a part of it."""
+
+    size: str = "debug"
+    layers: int | None = None
+    dim: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    rope_theta: float | None = None
+    tie_embeddings: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The device mesh: dp replicas, each of cp ranks that share every sequence."""
+
+    cp: int = 1
+    dp: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How the cp ranks compute attention together; names as in `ringattn.ContextParallel`."""
+
+    method: str = "auto"
+    layout: str = "auto"
+    kernel: str = "auto"
+    wire_dtype: Literal["fp32", "bf16"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, evaluation and what is printed.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        dtype: "bf16" computes in bfloat16 over float32 master weights.
+        accumulate: micro-batches (packs) per dp rank and step.
+        lr, min_lr: peak and final learning rate of warm-up + cosine.
+        clip_norm: global gradient norm above which gradients are scaled down; 0 turns it off.
+        deterministic: only deterministic PyTorch kernels; equal runs are bitwise equal.
+        threads_per_rank: CPU threads of each rank; null shares the cores among local ranks.
+        eval_every: steps between evaluations on the held-out split; 0 evaluates at the end only.
+        eval_packs: held-out sequences per evaluation.
+        log_every: steps between progress lines where stderr is not a terminal.
+        profile: "START:STOP" traces the steps START <= step < STOP.
+    """
+
+    steps: int = 1000
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    accumulate: int = 1
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    deterministic: bool = False
+    threads_per_rank: int | None = None
+    eval_every: int = 0
+    eval_packs: int = 8
+    log_every: int = 10
+    profile: str | None = None
+
+    @property
+    def profile_steps(self) -> range:
+        """Steps to trace; empty without `profile`. Raises ValueError when it is malformed."""
+        if self.profile is None:
+            return range(0)
+        start, stop = self.profile.split(":")
+        return range(int(start), int(stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints under ``run.dir/checkpoints``.
+
+    Attributes:
+        every: steps between checkpoints; 0 saves at the end only.
+        resume: "auto" continues from the newest complete one if any, "never" starts anew in a run
+            folder without checkpoints, anything else is the path of one ``step-…`` folder.
+        keep: newest checkpoints to keep; 0 keeps all.
+    """
+
+    every: int = 0
+    resume: str = "auto"
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole training run."""
+
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run: dp × cp."""
+        return self.parallel.dp * self.parallel.cp
+
+    @property
+    def packs_per_step(self) -> int:
+        """Sequences that one optimizer step reads, over all dp ranks and micro-batches."""
+        return self.parallel.dp * self.train.accumulate

@@ -1,0 +1,144 @@
+"""Refuses configurations that cannot run, before any process starts."""
+
+import os
+from pathlib import Path
+
+from ringattn.errors import UserError
+from ringattn.launch.config import Config
+from ringattn.launch.config_load import config_values
+from ringattn.launch.model_config import ModelConfig, model_config
+
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "data.seq_len": 2,
+    "parallel.cp": 1,
+    "parallel.dp": 1,
+    "train.steps": 1,
+    "train.accumulate": 1,
+    "train.min_lr": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.clip_norm": 0,
+    "train.threads_per_rank": 1,
+    "train.eval_every": 0,
+    "train.eval_packs": 1,
+    "train.log_every": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+}
+_MORE_THAN_ZERO = ("run.timeout_s", "train.lr")
+_LARGEST = 2.0**62
+
+
+def check_config(config: Config) -> None:
+    """Checks every value and combination that needs neither files of the corpus nor ranks.
+
+    Raises:
+        UserError: naming key, value, rule and fix.
+    """
+    values = config_values(config)
+    for key, least in _AT_LEAST.items():
+        value = values[key]
+        # Written so that NaN fails.
+        if value is not None and not least <= value <= _LARGEST:
+            raise UserError(f"{key}={value}", f"must be at least {least:g}", f"set {key}={least:g}")
+    for key in _MORE_THAN_ZERO:
+        if not 0 < values[key] <= _LARGEST:
+            raise UserError(f"{key}={values[key]}", "must be positive and finite", f"raise {key}")
+    _check_schedule(config)
+    _check_profile(config)
+    _check_run_dir(config.run.dir)
+    if config.parallel.cp > config.data.seq_len:
+        raise UserError(
+            f"parallel.cp={config.parallel.cp}",
+            f"must not exceed data.seq_len={config.data.seq_len}",
+            f"set parallel.cp to at most {config.data.seq_len}",
+        )
+    resolve_model(config, vocab_size=257)
+
+
+def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
+    """The model's shape: the named size, what the config overrides, the corpus's vocabulary.
+
+    Raises:
+        UserError: an unknown size or an impossible shape.
+    """
+    section = config.model
+    return model_config(
+        section.size,
+        vocab_size=vocab_size,
+        layers=section.layers,
+        dim=section.dim,
+        heads=section.heads,
+        kv_heads=section.kv_heads,
+        head_dim=section.head_dim,
+        ffn_dim=section.ffn_dim,
+        rope_theta=section.rope_theta,
+        tie_embeddings=section.tie_embeddings,
+        max_seq_len=None,
+    )
+
+
+def check_world(config: Config, world: int) -> None:
+    """Checks dp × cp against the number of ranks that a launcher started.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    dp, cp = config.parallel.dp, config.parallel.cp
+    if world % cp:
+        raise UserError(
+            f"parallel.cp={cp}",
+            f"must divide the launcher's world size {world}",
+            f"set parallel.cp to a divisor of {world}, or start {dp * cp} ranks",
+        )
+    if dp * cp != world:
+        raise UserError(
+            f"parallel.dp={dp}",
+            f"dp × cp = {dp * cp} must equal the launcher's world size {world}",
+            f"set parallel.dp={world // cp}, or start {dp * cp} ranks",
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    train = config.train
+    if train.min_lr > train.lr:
+        raise UserError(
+            f"train.min_lr={train.min_lr}",
+            f"must not exceed train.lr={train.lr}",
+            f"set train.min_lr to at most {train.lr}",
+        )
+    if not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(
+            f"train.betas={list(train.betas)}", "each must be in [0, 1)", "set e.g. [0.9, 0.95]"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    text, steps = config.train.profile, config.train.steps
+    try:
+        span = config.train.profile_steps
+    except ValueError:
+        span = range(0)
+    if text is not None and not (0 <= span.start < span.stop <= steps):
+        raise UserError(
+            f"train.profile={text}",
+            f"must be START:STOP with 0 <= START < STOP <= train.steps={steps}",
+            f"set e.g. train.profile={max(steps - 2, 0)}:{steps}",
+        )
+
+
+def _check_run_dir(text: str) -> None:
+    """The run folder must be a writable folder, or be creatable; nothing is created here."""
+    if not text.strip():
+        raise UserError("run.dir=''", "must name a folder", "set e.g. run.dir=runs/first")
+    path = Path(text).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"run.dir={text}", f"{existing} is a file, not a folder", "name another folder"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir={text}", f"{existing} cannot be written", "name a writable folder"
+        )

@@ -1,0 +1,162 @@
+"""Reads packs and makes their plans in a background thread, ahead of the training step."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from ringattn.errors import UserError
+from ringattn.launch.packing import Batches, PackedDataset
+
+PlanT = TypeVar("PlanT")
+
+
+@dataclass(frozen=True)
+class MicroBatch(Generic[PlanT]):
+    """`Batches.batch` packs laid end to end on one token axis, T = batch * seq_len tokens.
+
+    Attributes:
+        tokens, labels: int64 (T,); labels are already shifted, `packing.IGNORE` where not counted.
+        lengths: document segment lengths, their sum is T.
+        plan: what `make_plan(lengths)` returned.
+        indices: the packs' indices.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: list[int]
+    plan: PlanT
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class StepBatch(Generic[PlanT]):
+    """What one dp rank reads in one step.
+
+    Attributes:
+        step: the step's number.
+        micro: one `MicroBatch` per accumulation micro-batch.
+        valid_tokens: labels that count, over all dp ranks and micro-batches of the step.
+    """
+
+    step: int
+    micro: list[MicroBatch[PlanT]]
+    valid_tokens: int
+
+
+class Loader(Generic[PlanT]):
+    """Iterates over the `StepBatch`es of steps start_step .. stop_step - 1, in order.
+
+    A thread works up to `depth` steps ahead. Its exceptions are raised by `__next__`, those that
+    are no `UserError` as a RuntimeError naming step and packs. Use it as a context manager, or
+    call `close`: it ends the thread. No communication.
+
+    Args:
+        dataset: of the split to read.
+        batches: the mapping from steps to packs.
+        make_plan: called in the thread with the segment lengths of each micro-batch.
+        dp_rank: this process's data-parallel rank.
+        start_step, stop_step: the range of steps.
+        depth: most steps kept ready.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        batches: Batches,
+        make_plan: Callable[[list[int]], PlanT],
+        *,
+        dp_rank: int = 0,
+        start_step: int = 0,
+        stop_step: int,
+        depth: int = 2,
+    ) -> None:
+        if depth < 1:
+            raise UserError(f"depth={depth}", "must be positive", "use 1 or more")
+        if not 0 <= dp_rank < batches.dp:
+            raise UserError(f"dp_rank={dp_rank}", f"must be in [0, {batches.dp})", "use 0")
+        self._dataset, self._batches, self._make_plan = dataset, batches, make_plan
+        self._dp_rank, self._depth = dp_rank, depth
+        self._steps = range(start_step, stop_step)
+        self._changed = threading.Condition()
+        self._ready: deque[StepBatch[PlanT]] = deque()
+        self._error: BaseException | None = None
+        self._finished = self._closed = False
+        self._thread = threading.Thread(target=self._work, name="ringattn-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch[PlanT]]:
+        return self
+
+    def __next__(self) -> StepBatch[PlanT]:
+        """Waits for the next step. Steps ready before an error are still handed out."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._finished or self._closed)
+            if self._closed:
+                raise StopIteration
+            if self._ready:
+                self._changed.notify_all()
+                return self._ready.popleft()
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+
+    def close(self) -> None:
+        """Ends the thread and drops what it had ready. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> "Loader[PlanT]":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            for step in self._steps:
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
+                    if self._closed:
+                        return
+                batch = self._load(step)
+                with self._changed:
+                    if self._closed:
+                        return
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+        except BaseException as caught:  # handed to the consumer, whatever it is
+            error = caught
+        finally:
+            with self._changed:
+                self._error, self._finished = error, True
+                self._changed.notify_all()
+
+    def _load(self, step: int) -> StepBatch[PlanT]:
+        packs = self._batches.indices(step)
+        mine = packs[:, self._dp_rank].tolist()
+        try:
+            micro = [self._micro_batch(indices) for indices in mine]
+            valid = sum(self._dataset.valid_tokens(int(index)) for index in packs.flat)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"loading step {step}, packs {mine} of {self._dataset.path} "
+                f"({self._dataset.split}): {error}"
+            ) from error
+        return StepBatch(step, micro, valid)
+
+    def _micro_batch(self, indices: list[int]) -> MicroBatch[PlanT]:
+        packs = [self._dataset.pack(index) for index in indices]
+        lengths = [length for pack in packs for length in pack.lengths]
+        tokens = np.concatenate([pack.tokens for pack in packs])
+        labels = np.concatenate([pack.labels for pack in packs])
+        return MicroBatch(tokens, labels, lengths, self._make_plan(lengths), indices)

@@ -1,0 +1,83 @@
+"""From packs to one rank's tensors: plans in the loader, sharding on the way to the device."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import ringattn as ra
+from ringattn.launch.config import Config
+from ringattn.launch.data_loader import Loader, MicroBatch
+from ringattn.launch.model import Attend
+from ringattn.launch.packing import Batches, PackedDataset
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a micro-batch, on its device.
+
+    Attributes:
+        tokens_BT, labels_BT: int64 (1, T_local); labels were shifted on the whole sequence.
+        positions_T: int64 (T_local,), places in the whole sequence; rotary embedding uses them.
+        attend: attention over the whole sequence, a collective of the cp group.
+    """
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    positions_T: torch.Tensor
+    attend: Attend
+
+
+def open_loader(
+    dataset: PackedDataset,
+    batches: Batches,
+    cp: ra.ContextParallel,
+    dp_rank: int,
+    steps: range,
+) -> Loader[ra.Plan]:
+    """Reads the packs of `steps` in a thread and plans each one's document-causal attention.
+
+    Planning is host work without communication.
+    """
+
+    def make_plan(lengths: list[int]) -> ra.Plan:
+        return cp.plan(ra.masks.documents(lengths, causal=True))
+
+    return Loader(
+        dataset,
+        batches,
+        make_plan,
+        dp_rank=dp_rank,
+        start_step=steps.start,
+        stop_step=steps.stop,
+    )
+
+
+def take_share(micro: MicroBatch[ra.Plan], device: torch.device) -> Share:
+    """This rank's tokens, labels and positions of a micro-batch. No communication."""
+    plan = micro.plan
+
+    def local(values: torch.Tensor) -> torch.Tensor:
+        return plan.shard(values[None], dim=1).to(device, non_blocking=True)
+
+    return Share(
+        tokens_BT=local(torch.from_numpy(micro.tokens)),
+        labels_BT=local(torch.from_numpy(micro.labels)),
+        positions_T=plan.positions().to(device, non_blocking=True),
+        attend=partial(ra.attention, plan=plan),
+    )
+
+
+def causal_area(lengths: list[int]) -> int:
+    """Allowed pairs of a document-causal mask."""
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def step_batches(config: Config, origin_step: int, origin_pack: int) -> Batches:
+    """Which packs each step reads, when `origin_pack` packs were read before `origin_step`."""
+    return Batches(
+        dp=config.parallel.dp,
+        accumulate=config.train.accumulate,
+        origin_step=origin_step,
+        origin_pack=origin_pack,
+    )

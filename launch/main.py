@@ -1,0 +1,151 @@
+"""The command ``ringattn``. Also ``python -m ringattn.launch``.
+
+ringattn prepare SOURCE --out DIR
+ringattn train CONFIG [key=value ...]
+ringattn sample RUN --prompt TEXT
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ringattn.launch.failure import run_reporting
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in arguments, configuration or input, 1 for a fault.
+    """
+    arguments = _parser().parse_args(argv)
+    code = 0
+
+    def body() -> None:
+        nonlocal code
+        code = arguments.run(arguments)
+
+    return run_reporting(body) or code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ringattn", description="Trains language models on sequences sharded over ranks."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    return parser
+
+
+def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    prepare = commands.add_parser("prepare", help="turn text into a corpus of tokens")
+    prepare.add_argument(
+        "source", metavar="SOURCE",
+        help="a text, .jsonl or .parquet file, a folder of those, or stdlib (the Python standard "
+        "library's own source)",
+    )  # fmt: skip
+    prepare.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be new")
+    prepare.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME",
+        help="bytes (default), or a Hugging Face tokenizer folder",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--holdout", type=float, default=0.02, metavar="SHARE",
+        help="share of documents held out for evaluation (default 0.02)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--separator", metavar="TEXT", help="cut text files into documents at this text"
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="seed of the held-out choice")
+    prepare.set_defaults(run=_prepare)
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = commands.add_parser("train", help="train a model")
+    train.add_argument("config", metavar="CONFIG", help="YAML file; see the configs folder")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.cp=2"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything, print the resolved configuration, start nothing",
+    )  # fmt: skip
+    train.set_defaults(run=_train)
+
+
+def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sample = commands.add_parser("sample", help="continue a text with a trained model")
+    sample.add_argument("folder", metavar="RUN", help="run folder of a training run")
+    sample.add_argument("--prompt", required=True, help="the text to continue")
+    sample.add_argument("--tokens", type=int, default=256, help="most new tokens (default 256)")
+    sample.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
+    )
+    sample.add_argument(
+        "--top-k", type=int, default=50, help="draw among the k likeliest (default 50; 0: all)"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    sample.set_defaults(run=_sample)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from ringattn.launch.prepare import prepare
+
+    meta = prepare(
+        arguments.source,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        holdout=arguments.holdout,
+        separator=arguments.separator,
+        seed=arguments.seed,
+        progress=lambda state: _show(f"{state.documents:,} documents  {state.tokens:,} tokens"),
+    )
+    print(
+        f"wrote {arguments.out}: {meta.documents('train'):,} documents, "
+        f"{meta.tokens('train'):,} tokens; held out {meta.documents('heldout'):,} documents, "
+        f"{meta.tokens('heldout'):,} tokens"
+    )
+    for name, value in meta.entropy.items():
+        if value is not None:
+            print(f"{name} entropy {value['nats']:.4f} nats {value['bits']:.4f} bits per token")
+    for reason, count in meta.skipped.items():
+        print(f"left out {count:,}: {reason}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ringattn.launch.config_load import dump_config, load_config
+    from ringattn.launch.train import check_before_start, train
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        check_before_start(config)
+        print(dump_config(config), end="")
+        return 0
+    return train(config)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from ringattn.launch.sample_run import sample_run
+
+    sample_run(
+        Path(arguments.folder),
+        arguments.prompt,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        seed=arguments.seed,
+        write=lambda text: print(text, flush=True),
+    )
+    return 0
+
+
+def _show(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+"""What a run writes about its progress: JSON lines and TensorBoard events.
+
+    metrics.jsonl   one `StepMetrics` per optimizer step
+    eval.jsonl      one `EvalMetrics` per evaluation
+    tensorboard/    the same numbers
+
+A step is numbered by the optimizer steps done, so the first one is 1, and a checkpoint
+``step-000123`` belongs to the line with step 123.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
+
+# Dense bfloat16 tensor-core peaks, FLOP/s, from the makers' data sheets.
+_PEAK_FLOPS = (
+    ("B300", 2250e12),
+    ("B200", 2250e12),
+    ("GB200", 2500e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step over all ranks.
+
+    Attributes:
+        step: optimizer steps done.
+        loss: mean over the step's counted tokens, nats.
+        tokens: tokens read by the step.
+        step_s: wall seconds, waiting for data included.
+        tokens_per_s: tokens / step_s.
+        grad_norm: global L2 norm before clipping.
+        lr: learning rate of the step.
+        mfu: model FLOP/s over the devices' peak; None where the peak is not known.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    step_s: float
+    tokens_per_s: float
+    grad_norm: float
+    lr: float
+    mfu: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """One evaluation: mean loss in nats over `tokens` counted held-out tokens."""
+
+    step: int
+    loss: float
+    tokens: int
+
+
+class MetricsWriter:
+    """Appends to the run's metric files; for the one rank that writes.
+
+    Lines of steps after `step` are removed first, so that steps stay unique when a run goes on from
+    a checkpoint older than its last line.
+
+    Args:
+        run_dir: the run's folder.
+        step: steps done so far.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        # Imported here: it takes a second, and only one rank needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._files = {name: _reopen(run_dir / name, step) for name in (METRICS_FILE, EVAL_FILE)}
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        """Appends one line to metrics.jsonl."""
+        self._write(METRICS_FILE, "train", asdict(metrics))
+
+    def write_eval(self, metrics: EvalMetrics) -> None:
+        """Appends one line to eval.jsonl."""
+        self._write(EVAL_FILE, "heldout", asdict(metrics))
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+    def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
+        file = self._files[name]
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        for key, value in values.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(f"{group}/{key}", value, values["step"])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file with an integer "step"; a torn last line is left out."""
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
+    return found
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a known GPU; None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+
+
+def _reopen(path: Path, step: int) -> TextIO:
+    """Opens for appending after removing lines of later steps (by replacing the file whole)."""
+    kept = [entry for entry in read_lines(path) if entry["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return path.open("a", encoding="utf-8")

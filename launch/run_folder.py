@@ -1,0 +1,88 @@
+"""The run folder: what it holds before the first step.
+
+config.yaml                resolved configuration, can be trained from again
+model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
+metrics.jsonl, eval.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
+previous-N/                what an earlier run left, set aside by checkpoint.resume=never
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ringattn.errors import UserError
+from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.config_load import dump_config
+from ringattn.launch.job import Job
+from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
+from ringattn.launch.model_config import ModelConfig, RopeScaling
+from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
+
+_STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE)
+
+
+def open_run_folder(job: Job) -> Path:
+    """Creates the run folder with its description; for the one rank that writes.
+
+    A run that starts anew where another one left checkpoints moves them aside, so that they are
+    neither lost nor taken for its own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = Path(job.config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if job.checkpoint is None and find_checkpoints(folder):
+            _set_aside(folder)
+        (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")
+        model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}
+        (folder / "model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
+        if job.train.meta.tokenizer != "bytes":
+            source = Path(job.config.data.path) / job.train.meta.tokenizer
+            shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={folder}", f"cannot be written ({error})", "name a writable folder"
+        ) from None
+    return folder
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """The model's shape and the tokenizer of a run.
+
+    Raises:
+        UserError: the folder is no run folder, or its description is broken.
+    """
+    path = folder / "model.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shape = dict(raw["model"])
+        if shape.get("rope_scaling") is not None:
+            shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
+        model, tokenizer = ModelConfig(**shape), str(raw["tokenizer"])
+    except FileNotFoundError:
+        raise UserError(
+            f"run {folder}", "holds no model.json", "name the run.dir of a run"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}", f"is no model description ({error})", "train again") from None
+    return model, load_tokenizer("bytes" if tokenizer == "bytes" else folder / "tokenizer")
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    aside = folder / f"previous-{number}"
+    aside.mkdir()
+    for name in _STATE:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)

@@ -1,0 +1,113 @@
+"""The process of one rank: device, threads, process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from ringattn.errors import UserError
+from ringattn.launch.config import Config
+from ringattn.launch.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a rank runs on.
+
+    Attributes:
+        ranks: its place in the job.
+        device: its device.
+        timeout: how long a collective waits for a missing rank.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    timeout: timedelta
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the person."""
+        return self.ranks.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.ranks.world > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def check_device(config: Config, local_world: int) -> str:
+    """The device type that `local_world` ranks of one host run on: "cpu" or "cuda".
+
+    "auto" takes the GPUs when every rank can have one of its own.
+
+    Raises:
+        UserError: ``run.device=cuda`` without a GPU for each rank.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = config.run.device
+    if wanted == "cuda" and gpus < local_world:
+        raise UserError(
+            "run.device=cuda",
+            f"needs one GPU per rank: {local_world} ranks, {gpus} GPUs on this host",
+            "set run.device=cpu, or lower parallel.dp or parallel.cp",
+        )
+    return "cuda" if wanted != "cpu" and gpus >= local_world else "cpu"
+
+
+def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """The key-value store that the job's ranks share. Waits for the rank that hosts it."""
+    if ranks.launcher == "ringattn":
+        return dist.HashStore()
+    handler = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+
+
+@contextmanager
+def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Session]:
+    """Sets up this process as a rank and joins the default process group; leaves it at the end.
+
+    Sets the number of CPU threads and the deterministic mode, which are properties of the process
+    and put back at the end, and the current CUDA device.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    timeout = timedelta(seconds=config.run.timeout_s)
+    device_type = check_device(config, ranks.local_world)
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
+    if config.train.deterministic:
+        # cuBLAS reads this when it is first used; without it deterministic products are refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device_type == "cuda":
+        device, backend = torch.device("cuda", ranks.local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+    )
+    finished = False
+    try:
+        yield Session(ranks=ranks, device=device, timeout=timeout)
+        finished = True
+    finally:
+        # After a failure peers may be gone, and an orderly shutdown would wait for them.
+        if finished or ranks.world == 1:
+            dist.destroy_process_group()
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def threads_per_rank(config: Config, local_world: int) -> int:
+    """CPU threads of each rank: as configured, else the usable cores shared by the host's ranks."""
+    if config.train.threads_per_rank is not None:
+        return config.train.threads_per_rank
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // local_world)

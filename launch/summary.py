@@ -1,0 +1,89 @@
+"""How a run ended: held-out loss beside simple baselines, generated text, where things are."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ringattn.errors import UserError
+from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.job import Job
+from ringattn.launch.metrics import EvalMetrics
+from ringattn.launch.model import Transformer
+from ringattn.launch.packing import PackedDataset
+from ringattn.launch.plot import plot_loss
+from ringattn.launch.sample import generate
+
+_PROMPT_TOKENS, _SAMPLE_TOKENS = 64, 200
+
+
+def write_summary(job: Job, model: Transformer, evaluation: EvalMetrics | None) -> None:
+    """Writes loss.png and summary.json and prints the summary on stdout; for one rank.
+
+    Args:
+        job: the finished run.
+        model: its final weights.
+        evaluation: on the held-out split, None without one.
+    """
+    folder = Path(job.config.run.dir)
+    entropy = job.train.meta.entropy
+    losses: dict[str, Any] = {}
+    if evaluation is not None:
+        losses["held-out loss"] = evaluation.loss
+        for name in ("unigram", "bigram"):
+            value = entropy.get(name)
+            if value is not None:
+                losses[f"{name} entropy"] = value["nats"]
+    prompt, text = _sample(job, model)
+    plot_loss(folder, job.config.run.name or folder.name, entropy)
+    lines = [f"finished {job.config.train.steps} steps"]
+    lines += [
+        f"  {name:<16}{v:8.4f} nats {v / math.log(2):8.4f} bits" for name, v in losses.items()
+    ]
+    lines += _sample_lines(prompt, text)
+    lines.append(f"written to {folder}")
+    for name, what in _CONTENTS:
+        if (folder / name).exists():
+            lines.append(f"  {name:<16}{what}")
+    saved = find_checkpoints(folder)
+    if saved:
+        lines.append(f"  {'checkpoints/':<16}newest {saved[-1].name}")
+    print("\n".join(lines), flush=True)
+    summary = {
+        "step": job.config.train.steps,
+        "nats": losses,
+        "sample": {"prompt": prompt, "text": text},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+_CONTENTS = (
+    ("config.yaml", "the resolved configuration"),
+    ("metrics.jsonl", "one object per step"),
+    ("eval.jsonl", "one object per evaluation"),
+    ("loss.png", "the loss curve"),
+    ("tensorboard", "the same for TensorBoard"),
+    ("profile", "traces, one per rank"),
+)
+
+
+def _sample(job: Job, model: Transformer) -> tuple[str, str]:
+    """Text continued from the start of the held-out split (else of the training split)."""
+    source: PackedDataset = job.heldout or job.train
+    tokenizer = source.tokenizer
+    pack = source.pack(0)
+    prompt = tokenizer.decode(pack.tokens[: min(_PROMPT_TOKENS, pack.lengths[0])])
+    try:
+        return prompt, generate(
+            model, tokenizer, prompt, tokens=_SAMPLE_TOKENS, seed=job.config.seed
+        )
+    except UserError:
+        # A first document without text gives no prompt; the sample is an extra.
+        return prompt, ""
+
+
+def _sample_lines(prompt: str, text: str) -> list[str]:
+    if not text:
+        return []
+    shown = [f"  | {line}" for line in (prompt + "⟫" + text).splitlines()]
+    return ["a sample (the model's own text follows ⟫):", *shown]

@@ -1,0 +1,84 @@
+"""``ringattn train``: from a configuration to running ranks."""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ringattn.launch.config import Config
+from ringattn.launch.config_check import check_config, check_world
+from ringattn.launch.failure import claim_report, run_reporting
+from ringattn.launch.job import open_job, prepare_corpus
+from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
+from ringattn.launch.session import open_session, open_store
+from ringattn.launch.trainer import Trainer
+
+
+def train(config: Config) -> int:
+    """Trains under the launcher that started this process, or on local ranks of its own.
+
+    Everything that can be checked without ranks is checked before any is started.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
+    """
+    ranks = discover_ranks(os.environ)
+    if ranks is not None:
+        return _run_rank(config, ranks)
+    code = run_reporting(lambda: check_before_start(config))
+    if code:
+        return code
+    if config.world == 1:
+        return _run_rank(config, Ranks())
+    return start_local_ranks(config.world, local_rank, config)
+
+
+def check_before_start(config: Config) -> None:
+    """Prepares the corpus if it is missing, and checks everything; starts no rank.
+
+    Raises:
+        UserError: naming key, value, rule and fix.
+    """
+    check_config(config)
+    prepare_corpus(config)
+    open_job(config, local_world=config.world)
+
+
+def local_rank(config: Config) -> None:
+    """The body of a process that `start_local_ranks` started; ends it with its exit code."""
+    ranks = discover_ranks(os.environ)
+    assert ranks is not None, "the elastic agent sets torchrun's variables"
+    # Ctrl-C reaches every process of the terminal; the parent reports it and ends the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _leave(_run_rank(config, ranks))
+
+
+def _run_rank(config: Config, ranks: Ranks) -> int:
+    """Trains as one rank; reports a failure at most once per job."""
+    timeout = timedelta(seconds=config.run.timeout_s)
+    stores: list[dist.Store] = []
+
+    def claim() -> bool:
+        return claim_report(stores[0]) if stores else ranks.rank == 0
+
+    def body() -> None:
+        check_config(config)
+        check_world(config, ranks.world)
+        stores.append(open_store(ranks, timeout))
+        with open_session(config, ranks, stores[0]) as session:
+            if session.is_main:
+                prepare_corpus(config)
+            session.barrier()
+            Trainer(open_job(config, ranks.local_world), session).fit()
+
+    return run_reporting(body, rank=ranks.rank if ranks.world > 1 else None, claim=claim)
+
+
+def _leave(code: int) -> None:
+    """Ends a rank at once after a failure: threads that wait for peers would hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)

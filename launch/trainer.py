@@ -1,0 +1,188 @@
+"""The training loop of one rank."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import ringattn as ra
+from ringattn.launch.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointState,
+    load_tensors,
+    save_checkpoint,
+)
+from ringattn.launch.data_loader import StepBatch
+from ringattn.launch.engine import ReplicatedEngine
+from ringattn.launch.evaluate import evaluate
+from ringattn.launch.feed import causal_area, open_loader, step_batches, take_share
+from ringattn.launch.flops import flops_per_step
+from ringattn.launch.job import Job, build_context
+from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
+from ringattn.launch.profile import StepProfiler
+from ringattn.launch.progress import ProgressLine
+from ringattn.launch.run_folder import open_run_folder
+from ringattn.launch.schedule import learning_rate
+from ringattn.launch.session import Session
+from ringattn.launch.summary import write_summary
+from ringattn.parallel.mesh import build_mesh
+
+_RNG = "rng/cpu"
+
+
+class Trainer:
+    """One rank of a run: builds mesh, model and attention, then trains.
+
+    Every rank makes one and calls `fit`; both communicate.
+
+    Args:
+        job: the checked run.
+        session: what this rank runs on.
+    """
+
+    def __init__(self, job: Job, session: Session) -> None:
+        self.job, self.config, self.session = job, job.config, session
+        parallel = self.config.parallel
+        self.mesh = build_mesh(
+            session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout
+        )
+        torch.manual_seed(self.config.seed)
+        self.engine = ReplicatedEngine(self.config, job.shape, session.device, self.mesh.world)
+        self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh)
+        self.start, origin = self._restore()
+        self.batches = step_batches(self.config, self.start, origin)
+        self.run_dir = Path(self.config.run.dir)
+        self._peak = peak_flops(session.device)
+        self._writer: MetricsWriter | None = None
+        self._progress: ProgressLine | None = None
+
+    def fit(self) -> None:
+        """Trains to ``train.steps``, evaluating, saving and reporting as configured."""
+        train = self.config.train
+        if self.session.is_main:
+            open_run_folder(self.job)
+            self._writer = MetricsWriter(self.run_dir, self.start)
+            self._progress = ProgressLine(self.start, train.steps, train.log_every)
+        self.session.barrier()
+        steps = range(self.start, train.steps)
+        trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
+        loader = open_loader(self.job.train, self.batches, self.cp, self.mesh.dp_rank, steps)
+        last_eval = None
+        try:
+            with loader, StepProfiler(train.profile_steps, trace) as profiler:
+                began = time.perf_counter()
+                for batch in loader:
+                    profiler.before(batch.step)
+                    metrics = self._train_step(batch, began)
+                    profiler.after(batch.step)
+                    last_eval = self._after_step(metrics)
+                    began = time.perf_counter()
+            if last_eval is None:
+                last_eval = self._evaluate(train.steps)
+        finally:
+            for part in (self._progress, self._writer):
+                if part is not None:
+                    part.close()
+        if self.session.is_main:
+            write_summary(self.job, self.engine.model, last_eval)
+        self.session.barrier()
+
+    def _train_step(self, batch: StepBatch[ra.Plan], began: float) -> StepMetrics:
+        """One optimizer step. The loss is summed over ranks and divided by the step's counted
+        tokens, never averaged per rank: ranks hold different numbers of counted tokens."""
+        valid = max(batch.valid_tokens, 1)
+        # Loss sum and mask area of this rank; the area counts once per dp rank.
+        sums = torch.zeros(2, dtype=torch.float64, device=self.session.device)
+        for micro in batch.micro:
+            share = take_share(micro, self.session.device)
+            loss = self.engine.loss_sum(
+                share.tokens_BT, share.labels_BT, share.positions_T, share.attend
+            )
+            self.engine.backward(loss / valid)
+            sums[0] += loss.detach()
+            if self.mesh.cp_rank == 0:
+                sums[1] += causal_area(micro.lengths)
+        rate = learning_rate(self.config.train, batch.step)
+        norm = self.engine.step(rate)
+        dist.all_reduce(sums, group=self.mesh.world)
+        loss_sum, area = sums.tolist()
+        step_s = time.perf_counter() - began
+        tokens = self.config.packs_per_step * self.config.data.seq_len
+        mfu = None
+        if self._peak is not None:
+            flops = flops_per_step(self.job.shape, tokens, int(area))
+            mfu = flops / (step_s * self._peak * self.config.world)
+        return StepMetrics(
+            step=batch.step + 1,
+            loss=loss_sum / valid,
+            tokens=tokens,
+            step_s=step_s,
+            tokens_per_s=tokens / step_s,
+            grad_norm=float(norm),
+            lr=rate,
+            mfu=mfu,
+        )
+
+    def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
+        """Reports the step, and evaluates and saves when due; returns the evaluation if any."""
+        train, step = self.config.train, metrics.step
+        if self._writer is not None and self._progress is not None:
+            self._writer.write_step(metrics)
+            self._progress.show(metrics)
+        done = step == train.steps
+        result = None
+        if done or (train.eval_every and step % train.eval_every == 0):
+            result = self._evaluate(step)
+        every = self.config.checkpoint.every
+        if done or (every and step % every == 0):
+            self._save(step)
+        return result
+
+    def _evaluate(self, step: int) -> EvalMetrics | None:
+        if self.job.heldout is None:
+            return None
+        result = evaluate(
+            self.engine,
+            self.job.heldout,
+            self.cp,
+            self.mesh,
+            self.session.device,
+            step=step,
+            packs=self.config.train.eval_packs,
+        )
+        if self._writer is not None and self._progress is not None:
+            self._writer.write_eval(result)
+            self._progress.note(f"step {step}  held-out loss {result.loss:.4f}")
+        return result
+
+    def _save(self, step: int) -> None:
+        state = CheckpointState(
+            format_version=FORMAT_VERSION,
+            step=step,
+            position=self.batches.position(step),
+            identity=json.loads(json.dumps(self.job.identity)),
+            config=asdict(self.config),
+        )
+        # Every random draw of a run is made on the CPU from this generator, alike on all ranks.
+        tensors = {**self.engine.tensors(), _RNG: torch.get_rng_state()}
+        save_checkpoint(
+            self.run_dir,
+            tensors,
+            state,
+            is_main=self.session.is_main,
+            barrier=self.session.barrier,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _restore(self) -> tuple[int, int]:
+        """Loads the job's checkpoint; returns the steps done and the packs read by them."""
+        if self.job.checkpoint is None:
+            return 0, 0
+        path, state = self.job.checkpoint
+        rng = torch.get_rng_state()
+        load_tensors(path, {**self.engine.tensors(), _RNG: rng})
+        torch.set_rng_state(rng)
+        return state.step, state.position

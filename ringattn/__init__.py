@@ -1,0 +1,30 @@
+"""ringattn: exact attention sharded over the sequence, for any mask, with every method as data."""
+
+from ringattn import layouts, masks
+from ringattn.context import ContextParallel
+from ringattn.errors import CommunicationError, PlanError, UserError
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.operators import attention
+from ringattn.plan import Plan
+from ringattn.reference import reference
+from ringattn.simulate import Simulated, simulate
+from ringattn.verify import verify
+
+__version__ = "0.1.0"
+__all__ = [
+    "CommunicationError",
+    "ContextParallel",
+    "Layout",
+    "Mask",
+    "Plan",
+    "PlanError",
+    "Simulated",
+    "UserError",
+    "attention",
+    "layouts",
+    "masks",
+    "reference",
+    "simulate",
+    "verify",
+]

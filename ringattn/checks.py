@@ -1,0 +1,144 @@
+"""Checks of what a caller passes: one line each, before any work starts."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ringattn import layouts, methods
+from ringattn.errors import UserError
+from ringattn.kernels.select import kernel_names
+from ringattn.layouts import Layout
+from ringattn.schedule import Shapes, Wire
+
+if TYPE_CHECKING:
+    from ringattn.context import ContextParallel
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def head_counts(heads: tuple[int, int]) -> tuple[int, int]:
+    """(Hq, Hkv), checked."""
+    pair = tuple(heads) if isinstance(heads, tuple | list) else (heads, heads)
+    if len(pair) != 2 or min(pair) < 1 or pair[0] % pair[1]:
+        raise UserError(
+            f"heads={heads!r}",
+            "must be (query heads, key heads) with query heads a multiple of key heads",
+            "pass e.g. heads=(32, 8)",
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def head_dims(head_dim: int | tuple[int, int]) -> tuple[int, int]:
+    """(D of queries and keys, D of values), checked."""
+    pair = tuple(head_dim) if isinstance(head_dim, tuple | list) else (head_dim, head_dim)
+    if len(pair) != 2 or min(pair) < 1 or max(pair) > MAX_HEAD_DIM:
+        raise UserError(
+            f"head_dim={head_dim!r}", f"must be 1 to {MAX_HEAD_DIM}", "pass D or (D_qk, D_v)"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def shapes(heads: tuple[int, int], head_dim: tuple[int, int], dtype: torch.dtype | None) -> Shapes:
+    """Sizes for counting bytes; dtype None counts torch's default dtype."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(
+            f"dtype={dtype}", "must be float64, float32, bfloat16 or float16", "cast the inputs"
+        )
+    counted = dtype or torch.get_default_dtype()
+    return Shapes(
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        qk_dim=head_dim[0],
+        v_dim=head_dim[1],
+        itemsize=counted.itemsize,
+        accumulator_itemsize=8 if counted == torch.float64 else 4,
+    )
+
+
+def wire(wire_dtype: torch.dtype | None, dtype: torch.dtype | None) -> Wire:
+    """Whether partial results travel as accumulators or in the input dtype."""
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    if wire_dtype is None or wire_dtype == accumulator:
+        return Wire.ACCUMULATOR
+    if wire_dtype == dtype:
+        return Wire.INPUT
+    raise UserError(
+        f"wire_dtype={wire_dtype}",
+        f"must be the accumulators' {accumulator} or the input dtype {dtype}",
+        "pass one of them, and dtype with it",
+    )
+
+
+def names(method: str, layout: str | Layout, kernel: str, cluster: str | None) -> None:
+    """Known method, layout and kernel names."""
+    if method != "auto":
+        methods.by_name(method)
+    if isinstance(layout, str) and layout != "auto" and layout not in layouts.NAMES:
+        raise UserError(
+            f"layout={layout!r}", f"must be one of {', '.join(layouts.NAMES)}, auto", "pick one"
+        )
+    if kernel != "auto" and kernel not in kernel_names():
+        raise UserError(
+            f"kernel={kernel!r}", f"must be one of {', '.join(kernel_names())}, auto", "pick one"
+        )
+    if cluster is not None:
+        raise UserError(
+            f"cluster={cluster!r}",
+            "this version prices plans by area and bytes, without a cluster file",
+            "leave cluster out",
+        )
+
+
+def layout_world(layout: str | Layout, world: int) -> None:
+    """A given layout is for as many ranks as the group has."""
+    if isinstance(layout, Layout) and layout.world != world:
+        raise UserError(
+            f"layout for {layout.world} ranks",
+            f"the group has {world} ranks",
+            "build the layout for the group's size",
+        )
+
+
+def check_tensors(
+    context: "ContextParallel",
+    rows: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Raises UserError where q, k, v or sinks do not fit the context and the shard's rows."""
+    (hq, hkv), (qk_dim, v_dim) = context.heads, context.head_dim
+    expected = {"q": (rows, hq, qk_dim), "k": (rows, hkv, qk_dim), "v": (rows, hkv, v_dim)}
+    for (name, shape), tensor in zip(expected.items(), (q, k, v), strict=True):
+        if tuple(tensor.shape) != (q.shape[0], *shape):
+            raise UserError(
+                f"{name} of shape {tuple(tensor.shape)} on rank {context.rank}",
+                f"must be (B, tokens of this rank, heads, head dim) = (B, {str(shape)[1:]}",
+                "shard the sequence with plan.shard and check heads and head_dim",
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise UserError(
+                f"{name} is {tensor.dtype} on {tensor.device}",
+                f"q is {q.dtype} on {q.device}",
+                "give q, k and v one dtype and one device",
+            )
+    if q.dtype not in DTYPES or (context.dtype is not None and q.dtype != context.dtype):
+        raise UserError(
+            f"q is {q.dtype}",
+            f"the context takes {context.dtype or 'float64, float32, bfloat16, float16'}",
+            "cast q, k and v, or build the ContextParallel with that dtype",
+        )
+    if q.device.type != context.device.type:
+        raise UserError(
+            f"q is on {q.device}",
+            f"the group's ranks exchange tensors on {context.device.type}",
+            "move q, k and v, or use a group with that backend",
+        )
+    if sinks is not None and (tuple(sinks.shape) != (hq,) or sinks.device != q.device):
+        raise UserError(
+            f"sinks of shape {tuple(sinks.shape)} on {sinks.device}",
+            f"must be ({hq},), one logit per query head, on {q.device}",
+            "pass a parameter of that shape",
+        )

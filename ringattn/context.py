@@ -1,0 +1,176 @@
+"""`ContextParallel`: a group of ranks that share sequences; makes and caches plans."""
+
+from collections import OrderedDict
+from datetime import timedelta
+from threading import Lock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn import checks, choice
+from ringattn.errors import UserError
+from ringattn.executor import Arena
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.methods.common import Problem
+from ringattn.parallel.fabric import Fabric, ProcessGroupFabric
+from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
+from ringattn.plan import Plan
+
+PLANS_KEPT = 64
+
+
+class ContextParallel:
+    """A group of ranks that share sequences; makes and caches plans.
+
+    Args:
+        group: a one-axis `DeviceMesh`, a `ProcessGroup`, None for the default group, or an integer
+            number of simulated ranks (plans can be built, verified and simulated, not run).
+        heads: (Hq, Hkv), Hq a multiple of Hkv.
+        head_dim: D, or (D of q and k, D of v); at most 256.
+        dtype: dtype of q, k, v; other dtypes are then refused. None accepts any and counts bytes
+            for torch's default dtype.
+        method: name of a plan generator, or "auto".
+        layout: name of a layout, a `Layout`, or "auto".
+        kernel: name of a local kernel, or "auto".
+        wire_dtype: dtype of travelling partial results: torch.float32 (default; float64 for
+            float64 inputs) or `dtype`.
+        ranks_per_node: consecutive ranks that share a node; default from the launcher.
+        memory_limit: most bytes per batch element that a plan may need beyond the shards.
+        timeout: how long a move may take on gloo; the group's own timeout by default.
+        options: settings of the method, e.g. {"stages": 4} for direct.
+
+    Building it does not communicate. Raises UserError for arguments that cannot work.
+    """
+
+    def __init__(
+        self,
+        group: "DeviceMesh | dist.ProcessGroup | int | None",
+        *,
+        heads: tuple[int, int],
+        head_dim: int | tuple[int, int],
+        dtype: torch.dtype | None = None,
+        method: str = "auto",
+        layout: "str | Layout" = "auto",
+        kernel: str = "auto",
+        wire_dtype: torch.dtype | None = None,
+        cluster: str | None = None,
+        ranks_per_node: int | None = None,
+        memory_limit: int | None = None,
+        timeout: timedelta | None = None,
+        options: dict[str, int] | None = None,
+    ) -> None:
+        self.group, self.world, self.rank = _resolve(group)
+        self.simulated = isinstance(group, int)
+        self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
+        self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
+        self.memory_limit, self.timeout = memory_limit, timeout
+        self.options = dict(options or {})
+        self.ranks_per_node = ranks_per_node or launcher_ranks_per_node(self.world)
+        self.shapes = checks.shapes(self.heads, self.head_dim, dtype)
+        self.wire = checks.wire(wire_dtype, dtype)
+        checks.names(method, layout, kernel, cluster)
+        checks.layout_world(layout, self.world)
+        self.arena = Arena()
+        self._fabrics: dict[str, Fabric] = {}
+        self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where positions are put: this rank's accelerator for NCCL groups, else the CPU."""
+        if self.group is not None and "nccl" in dist.get_backend(self.group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def fabric(self, device: torch.device) -> Fabric:
+        """The fabric over the group for tensors of a device. Opens nothing yet."""
+        key = device.type
+        if key not in self._fabrics:
+            assert self.group is not None
+            self._fabrics[key] = ProcessGroupFabric(self.group, device, self.timeout)
+        return self._fabrics[key]
+
+    def require_ranks(self, what: str) -> None:
+        """Raises UserError when the group is simulated."""
+        if self.simulated:
+            raise UserError(
+                f"{what} over {self.world} simulated ranks",
+                "needs a process group",
+                "pass a mesh or a ProcessGroup, or use ringattn.simulate",
+            )
+
+    def plan(self, mask: Mask) -> Plan:
+        """The plan for a mask. Cached; pure host work, so a data loader's thread may call it.
+
+        Raises:
+            UserError: the layout does not fit the mask, or the plan needs more than `memory_limit`.
+        """
+        with self._lock:
+            found = self._plans.get(mask.key)
+            if found is not None:
+                self._plans.move_to_end(mask.key)
+                return found
+        plan = self._build(mask)
+        with self._lock:
+            plan = self._plans.setdefault(mask.key, plan)
+            while len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return plan
+
+    def _build(self, mask: Mask) -> Plan:
+        layout, method, schedules = choice.choose(
+            mask, self.world, self.layout, self.method, self._problem
+        )
+        plan = Plan(self, mask, layout, method, schedules)
+        if self.memory_limit is not None:
+            need = max(plan.peak_bytes(rank) for rank in range(self.world))
+            if need > self.memory_limit:
+                raise UserError(
+                    f"memory_limit={self.memory_limit}",
+                    f"the {method} plan needs {need} bytes beyond the shards",
+                    "raise the limit, use more ranks or another method",
+                )
+        return plan
+
+    def _problem(self, mask: Mask, layout: Layout) -> Problem:
+        return Problem(
+            mask=mask,
+            layout=layout,
+            shapes=self.shapes,
+            ranks_per_node=self.ranks_per_node,
+            wire=self.wire,
+            options=self.options,
+        )
+
+
+def _resolve(
+    group: "DeviceMesh | dist.ProcessGroup | int | None",
+) -> tuple[dist.ProcessGroup | None, int, int]:
+    """(process group, world, rank) of whatever stands for the group."""
+    if isinstance(group, bool) or (isinstance(group, int) and group < 1):
+        raise UserError(f"group={group!r}", "must be >= 1 simulated ranks", "pass e.g. 8")
+    if isinstance(group, int):
+        return None, group, 0
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise UserError(
+                f"mesh with axes {group.mesh_dim_names}",
+                "context parallelism needs a mesh of one axis",
+                'pass a slice, e.g. mesh["cp"]',
+            )
+        group = group.get_group()
+    if not dist.is_initialized():
+        raise UserError(
+            "group=None",
+            "torch.distributed is not initialised",
+            "call init_process_group first, or pass a number of simulated ranks",
+        )
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise UserError(
+            f"group={group!r}", "must be a DeviceMesh or a ProcessGroup of this rank", "pass one"
+        )
+    return group, dist.get_world_size(group), dist.get_rank(group)

@@ -1,0 +1,293 @@
+"""The executor: runs any plan. Per step it posts moves, launches kernels, applies what lands."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import record_function
+
+from ringattn.errors import CommunicationError
+from ringattn.kernels.merge import accumulator_dtype, merge_partial
+from ringattn.parallel.fabric import Fabric, Handle
+from ringattn.program import Exchange, Message, Part, Program, Step
+from ringattn.schedule import Channel, Lane, Op, Wire
+
+Slot = tuple[torch.Tensor, ...]
+Slots = dict[tuple[int, int], Slot]
+_STATISTICS = {Channel.O: (1,), Channel.Q: (2, 3)}  # lse; lse and delta: no head dim, never rounded
+_ACCUMULATORS = (Channel.O, Channel.DQ, Channel.DKV)
+
+
+def forward_home(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> Slots:
+    """Home slots of a forward run. A sink starts every row's lse at its logit, with value 0."""
+    dtype = accumulator_dtype(q.dtype)
+    out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    if sinks is not None:
+        lse.copy_(sinks)
+    return {(Channel.Q, 0): (q,), (Channel.K, 0): (k, v), (Channel.O, 0): (out, lse)}
+
+
+def backward_home(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+) -> Slots:
+    """Home slots of a backward run; lse and delta = rowsum(dout * out) over the whole sequence."""
+    dtype = accumulator_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    return {
+        (Channel.Q, 0): (q, dout, lse, delta),
+        (Channel.K, 0): (k, v),
+        (Channel.DQ, 0): (dq,),
+        (Channel.DKV, 0): (dk, dv),
+    }
+
+
+class Arena:
+    """One growing buffer from which a run carves its slots and messages; reused by every run.
+
+    A run's tensors are valid until the next run that uses the same arena.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+        self._wanted = 0
+
+    def reset(self, device: torch.device) -> None:
+        """Starts a new run. Grows to what the last run wanted."""
+        if self._buffer.device != device or self._buffer.numel() < self._wanted:
+            self._buffer = torch.empty(self._wanted, dtype=torch.uint8, device=device)
+        self._used = self._wanted = 0
+
+    def take(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """An uninitialised tensor; from the heap when the buffer is full."""
+        count = 1
+        for n in shape:
+            count *= n
+        size = count * dtype.itemsize
+        padded = -(-size // 64) * 64
+        self._wanted += padded
+        if self._used + padded > self._buffer.numel():
+            return torch.empty(shape, dtype=dtype, device=device)
+        part = self._buffer[self._used : self._used + size]
+        self._used += padded
+        return part.view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """An exchange under way: its handle, and the flat buffers sent and received per peer."""
+
+    handle: Handle
+    exchange: Exchange
+    sent: dict[int, torch.Tensor]
+    inbox: dict[int, torch.Tensor]
+
+
+@dataclass
+class Run:
+    """One execution of a program: its slots, and the exchanges under way.
+
+    Attributes:
+        program: this rank's steps.
+        fabric: carries the messages.
+        arena: memory of slots beyond home and of messages.
+        slots: (channel, slot) -> tensors (B, rows, heads[, dim]); holds home slots at the start.
+        scale, softcap: of the logits.
+    """
+
+    program: Program
+    fabric: Fabric
+    arena: Arena
+    slots: Slots
+    scale: float
+    softcap: float | None
+    _flying: dict[int, _Flight] = field(default_factory=dict)
+    _spare: list[torch.Tensor] = field(default_factory=list)
+    _whole: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arena.reset(self._home(Channel.K)[0].device)
+        for (channel, slot), rows, heads in self.program.slots:
+            like = self._home(Channel(channel))
+            made = tuple(
+                self.arena.take((t.shape[0], rows, heads, *t.shape[3:]), t.dtype, t.device)
+                for t in like
+            )
+            self.slots[channel, slot] = made
+            if channel in _ACCUMULATORS:
+                _clear(channel, made)
+
+    def _home(self, channel: Channel) -> Slot:
+        return self.slots[int(channel), 0]
+
+    def execute(self) -> None:
+        """Runs every step."""
+        name = self.program.schedule.direction
+        for index, step in enumerate(self.program.steps):
+            with record_function(f"ringattn {name} step {index} post"):
+                self.post(step)
+            with record_function(f"ringattn {name} step {index} compute"):
+                self.compute(step)
+            with record_function(f"ringattn {name} step {index} land"):
+                self.land(index, step)
+
+    def post(self, step: Step) -> None:
+        """Captures the sources of the step's moves and starts their exchanges."""
+        for exchange in step.posts:
+            moved = f"ringattn move tag {exchange.tag} lane {Lane(exchange.lane).name.lower()}"
+            with record_function(moved):
+                rank = self.fabric.rank
+                sent = {m.peer: self._pack(m) for m in exchange.sends}
+                inbox = {m.peer: self._buffer(m) for m in exchange.recvs if m.peer != rank}
+                handle = self.fabric.exchange(
+                    [(p, t) for p, t in sent.items() if p != rank],
+                    list(inbox.items()),
+                    lane=exchange.lane,
+                    long=exchange.long,
+                    tag=exchange.tag,
+                )
+                if rank in sent:  # a local copy arrives from this rank itself
+                    inbox[rank] = sent[rank]
+            self._flying[exchange.tag] = _Flight(handle, exchange, sent, inbox)
+
+    def compute(self, step: Step) -> None:
+        """Launches the step's kernels, one per distinct operand tuple."""
+        options = {"scale": self.scale, "softcap": self.softcap}
+        kernel = self.program.kernel
+        for launch in step.launches:
+            q, *rest = self.slots[Channel.Q, launch.qslot]
+            k, v = self.slots[Channel.K, launch.kslot]
+            if self.program.schedule.direction == "forward":
+                out, lse = self.slots[Channel.O, launch.oslot]
+                kernel.forward(q, k, v, launch.prepared, out, lse, **options)
+            else:
+                dout, lse, delta = rest
+                (dq,) = self.slots[Channel.DQ, launch.oslot]
+                dk, dv = self.slots[Channel.DKV, launch.gslot]
+                kernel.backward(dout, q, k, v, lse, delta, launch.prepared, dq, dk, dv, **options)
+
+    def land(self, index: int, step: Step) -> None:
+        """Waits for the exchanges that end here; clears taken sources, then SETs, then ADDs."""
+        flights = [self._flying.pop(tag) for tag in step.lands]
+        arrived: list[tuple[Part, tuple[torch.Tensor, ...]]] = []
+        for flight in flights:
+            self._wait(index, flight.handle, flight.exchange)
+            for message in flight.exchange.recvs:
+                payloads = self._unpack(message, flight.inbox[message.peer])
+                arrived += zip(message.parts, payloads, strict=True)
+            for part in (p for m in flight.exchange.sends for p in m.parts if p.take):
+                _clear(part.key[0], self._select(part))
+        arrived.sort(key=lambda pair: (pair[0].op, pair[0].order))
+        for part, payload in arrived:
+            _apply(part, self._select(part), payload)
+        for flight in flights:
+            self._release([*flight.sent.values(), *flight.inbox.values()])
+
+    def _wait(self, index: int, handle: Handle, exchange: Exchange) -> None:
+        try:
+            handle.wait()
+        except RuntimeError as error:
+            moves = ", ".join(
+                f"{Channel(part.key[0]).name} rows {part.rows.start}:{part.rows.stop} "
+                f"from rank {m.peer}"
+                for m in exchange.recvs
+                for part in m.parts[:1]
+            )
+            raise CommunicationError(
+                f"rank {self.fabric.rank}: {self.program.schedule.direction} plan step {index}: "
+                f"move {exchange.tag} ({moves or 'sends only'}) did not complete: {error}"
+            ) from error
+
+    def _select(self, part: Part) -> Slot:
+        return tuple(t[:, part.rows, part.heads] for t in self.slots[part.key])
+
+    def _layout(self, message: Message) -> list[tuple[int, int, torch.dtype, tuple[int, ...]]]:
+        """(part, tensor, wire dtype, shape) of every piece, widest dtype first, so that each
+        piece of the flat buffer is aligned."""
+        pieces = []
+        accumulator = self._home(_lse_channel(self.program.schedule.direction))[-1].dtype
+        data = self._home(Channel.K)[0].dtype
+        for number, part in enumerate(message.parts):
+            for index, tensor in enumerate(self._select(part)):
+                exact = index in _STATISTICS.get(Channel(part.key[0]), ())
+                dtype = accumulator if exact or part.wire == Wire.ACCUMULATOR else data
+                pieces.append((number, index, dtype, tuple(tensor.shape)))
+        return sorted(pieces, key=lambda piece: -piece[2].itemsize)
+
+    def _buffer(self, message: Message) -> torch.Tensor:
+        """A flat buffer for a message, recycled from a landed one where that is large enough."""
+        size = sum(_bytes(dtype, shape) for _, _, dtype, shape in self._layout(message))
+        fitting = [b for b in self._spare if b.numel() >= size]
+        if fitting:
+            spare = min(fitting, key=torch.Tensor.numel)
+            self._spare = [b for b in self._spare if b is not spare]
+        else:
+            spare = self.arena.take((size,), torch.uint8, self._home(Channel.K)[0].device)
+        self._whole[spare.data_ptr()] = spare
+        return spare[:size]
+
+    def _release(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._spare += [
+            self._whole.pop(t.data_ptr()) for t in tensors if t.data_ptr() in self._whole
+        ]
+
+    def _views(self, message: Message, flat: torch.Tensor) -> list[list[torch.Tensor]]:
+        """The flat buffer as one list of tensors per part."""
+        views: list[dict[int, torch.Tensor]] = [{} for _ in message.parts]
+        offset = 0
+        for number, index, dtype, shape in self._layout(message):
+            size = _bytes(dtype, shape)
+            views[number][index] = flat[offset : offset + size].view(dtype).view(shape)
+            offset += size
+        return [[part[index] for index in sorted(part)] for part in views]
+
+    def _pack(self, message: Message) -> torch.Tensor:
+        flat = self._buffer(message)
+        for part, views in zip(message.parts, self._views(message, flat), strict=True):
+            for view, tensor in zip(views, self._select(part), strict=True):
+                view.copy_(tensor)
+        return flat
+
+    def _unpack(self, message: Message, flat: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        return [tuple(views) for views in self._views(message, flat)]
+
+
+def _lse_channel(direction: str) -> Channel:
+    """The home slot whose last tensor has the accumulators' dtype."""
+    return Channel.O if direction == "forward" else Channel.Q
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    count = dtype.itemsize
+    for n in shape:
+        count *= n
+    return count
+
+
+def _clear(channel: int, tensors: Slot) -> None:
+    """Resets accumulators to the identity: zeros, and lse -inf."""
+    for index, tensor in enumerate(tensors):
+        exact = index in _STATISTICS.get(Channel(channel), ())
+        tensor.fill_(-torch.inf if exact else 0.0)
+
+
+def _apply(part: Part, target: Slot, payload: tuple[torch.Tensor, ...]) -> None:
+    if part.op == Op.SET:
+        for tensor, value in zip(target, payload, strict=True):
+            tensor.copy_(value)
+    elif part.key[0] == Channel.O:
+        out, lse = target
+        merge_partial(out, lse, payload[0].to(out.dtype), payload[1])
+    else:
+        for tensor, value in zip(target, payload, strict=True):
+            tensor.add_(value)

@@ -1,0 +1,175 @@
+"""What every plan generator needs: the problem, local and remote tiles, tasks, finishing."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ringattn import bands as band_ops
+from ringattn.bands import Column
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.schedule import (
+    MOVE,
+    TASK,
+    Direction,
+    Lane,
+    Schedule,
+    Shapes,
+    Wire,
+    bands_of,
+    compact,
+    derive_slots,
+    set_bands,
+)
+from ringattn.tiles import intersect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Everything a plan depends on. Ranks that hold equal problems build equal plans.
+
+    Attributes:
+        mask, layout: what attends what, and who owns what.
+        shapes: heads, head dims, item sizes.
+        ranks_per_node: consecutive ranks that share a node; decides the lane of a move.
+        wire: dtype in which partial results and gradients travel.
+        options: method-specific settings, e.g. {"stages": 4}.
+    """
+
+    mask: Mask
+    layout: Layout
+    shapes: Shapes
+    ranks_per_node: int
+    wire: Wire = Wire.ACCUMULATOR
+    options: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    @cached_property
+    def pieces(self) -> np.ndarray:
+        """Tiles of all (query rank, key rank) pairs in shard rows, dtype `ringattn.tiles.PIECE`."""
+        return intersect(self.mask.bands, self.layout.ranges, self.layout.ranges)
+
+    @cached_property
+    def q_rank(self) -> np.ndarray:
+        """Owner of the query rows of each piece."""
+        return self.layout.ranges["owner"][self.pieces["qseg"]]
+
+    @cached_property
+    def k_rank(self) -> np.ndarray:
+        """Owner of the key rows of each piece."""
+        return self.layout.ranges["owner"][self.pieces["kseg"]]
+
+    def lanes(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
+        """The lane of moves between ranks."""
+        same = src // self.ranks_per_node == dst // self.ranks_per_node
+        return np.where(same, Lane.INTRA, Lane.INTER)
+
+
+def tasks_of(
+    problem: Problem,
+    pieces: np.ndarray,
+    rank: Column,
+    step: Column = 0,
+    kslot: Column = 0,
+    gslot: Column = 0,
+) -> np.ndarray:
+    """Tasks that compute these tiles for all heads; scalars are broadcast."""
+    tasks = np.zeros(len(pieces), dtype=TASK)
+    set_bands(tasks, pieces)
+    tasks["h1"] = problem.shapes.q_heads
+    tasks["rank"], tasks["step"], tasks["kslot"], tasks["gslot"] = rank, step, kslot, gslot
+    return tasks
+
+
+def moves_of(problem: Problem, count: int, **columns) -> np.ndarray:
+    """Moves of all heads of a channel with the given columns; empty ones are dropped.
+
+    `s0` also serves as `d0`, `post` as `land`, where the other is not given.
+    """
+    moves = np.zeros(count, dtype=MOVE)
+    for name, value in columns.items():
+        moves[name] = value
+    if "land" not in columns:
+        moves["land"] = moves["post"]
+    if "d0" not in columns:
+        moves["d0"] = moves["s0"]
+    heads = np.array([problem.shapes.heads(c) for c in range(5)])
+    moves["nheads"] = heads[moves["channel"]]
+    moves["lane"] = problem.lanes(moves["src"], moves["dst"])
+    return moves[moves["rows"] > 0]
+
+
+def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
+    """Holds back about half of each rank's work until `late_step`, so that it hides the last moves.
+
+    Tiles are taken whole, largest first; where one tile would tip the balance by more than a
+    quarter of the rank's work, it is cut by query rows.
+    """
+    order = np.lexsort((-tasks["area"], tasks["rank"]))
+    tasks = tasks[order]
+    rank_start = np.searchsorted(tasks["rank"], tasks["rank"], side="left")
+    total = np.bincount(tasks["rank"], weights=tasks["area"])[tasks["rank"]] if len(tasks) else 0
+    done = np.cumsum(tasks["area"])
+    before = done - tasks["area"] - (done - tasks["area"])[rank_start] if len(tasks) else done
+    goal = total / 2 - before
+    late = goal <= 0
+    tips = ~late & (tasks["area"] - goal > total / 4)
+    first, second = cut_rows(tasks[tips], goal[tips] / np.maximum(tasks["area"][tips], 1))
+    second["step"] = late_step
+    tasks["step"][late] = late_step
+    return np.concatenate([tasks[~tips], first, second])
+
+
+def cut_rows(tasks: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts each task by query rows so that the first part holds about `share` of its area."""
+    bands, goal = bands_of(tasks), share * tasks["area"]
+    rows = band_ops.ceil_div(bands["q1"] - bands["q0"], bands["step"])
+    low, high = np.zeros_like(rows), rows.copy()
+    for _ in range(int(rows.max(initial=1)).bit_length()):
+        middle = (low + high) // 2
+        less = band_ops.area(_rows_below(bands, middle)) < goal
+        low, high = np.where(less, middle, low), np.where(less, high, middle)
+    above = bands.copy()
+    above["q0"] += high * bands["step"]
+    return _with_bands(tasks, _rows_below(bands, high)), _with_bands(tasks, above)
+
+
+def _rows_below(bands: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    part = bands.copy()
+    part["q1"] = np.minimum(bands["q0"] + rows * bands["step"], bands["q1"])
+    return part
+
+
+def _with_bands(tasks: np.ndarray, bands: np.ndarray) -> np.ndarray:
+    tight, keep = band_ops.tighten(bands)
+    part = tasks[keep]
+    set_bands(part, tight)
+    return part
+
+
+def finish(
+    problem: Problem, direction: Direction, method: str, tasks: np.ndarray, moves: np.ndarray
+) -> Schedule:
+    """Orders the tables, drops empty steps, sizes the slots, and seals the schedule."""
+    tasks["cost"] = tasks["area"]
+    nsteps = compact(tasks, moves)
+    tasks = tasks[np.lexsort((tasks["q0"], tasks["kslot"], tasks["rank"], tasks["step"]))]
+    order = ("s0", "sslot", "channel", "dst", "src", "land", "post")
+    moves = moves[np.lexsort(tuple(moves[name] for name in order))]
+    for table in (tasks, moves):
+        table.setflags(write=False)
+    return Schedule(
+        direction=direction,
+        world=problem.world,
+        nsteps=nsteps,
+        home_rows=problem.layout.sizes,
+        tasks=tasks,
+        moves=moves,
+        slots=derive_slots(tasks, moves, problem.shapes, direction),
+        shapes=problem.shapes,
+        key=f"{method}:{problem.mask.key}:{problem.layout.key}",
+    )

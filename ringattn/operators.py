@@ -1,0 +1,153 @@
+"""Attention over a plan as one opaque operator, with autograd and `torch.compile` support.
+
+`ringattn::attention(q, k, v, sinks?, plan, scale, softcap) -> (out, lse)`. The integer names a
+live plan; what is saved for the backward keeps that plan alive.
+"""
+
+import itertools
+import math
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from ringattn.errors import UserError
+
+if TYPE_CHECKING:
+    from ringattn.plan import Plan
+
+# The one piece of module state: integer handles of live plans, so that a graph can name a plan.
+_PLANS: "weakref.WeakValueDictionary[int, Plan]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count(1)
+
+
+def register(plan: "Plan") -> int:
+    """Gives a plan the integer by which the operator finds it, for as long as the plan lives."""
+    handle = next(_NUMBERS)
+    _PLANS[handle] = plan
+    return handle
+
+
+def _plan(handle: int) -> "Plan":
+    plan = _PLANS.get(handle)
+    if plan is None:
+        raise UserError(
+            f"plan handle {handle}",
+            "names no live plan",
+            "keep the plan object until the step ends",
+        )
+    return plan
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: "Plan",
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Exact softmax attention of this rank's queries over the whole sequence.
+
+    Every rank of the plan's group must call it, in the same order; ranks exchange keys, values and
+    partial results as the plan says. Differentiable in q, k, v and sinks.
+
+    Args:
+        q: (B, T, Hq, D), this rank's tokens in layout order (`plan.shard`).
+        k, v: (B, T, Hkv, D) and (B, T, Hkv, E). Hq is a multiple of Hkv.
+        plan: from `ContextParallel.plan`.
+        scale: multiplies the logits; 1 / sqrt(D) by default.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sinks: (Hq,) learned logits that join every row's denominator.
+
+    Returns:
+        (B, T, Hq, E) in q's dtype. Rows that may attend nothing are 0.
+
+    Raises:
+        UserError: shapes, dtype or device do not fit the plan.
+        CommunicationError: a move failed or timed out; names rank, step and move.
+    """
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"softcap={softcap}", "must be positive", "pass None for no cap")
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    out, _ = _attention(q, k, v, sinks, plan.handle, scale, softcap or 0.0)
+    return out
+
+
+@torch.library.custom_op("ringattn::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = _plan(plan)
+    found.check(q, k, v, sinks)
+    return found.run_forward(q, k, v, sinks, scale, softcap or None)
+
+
+@_attention.register_fake
+def _(q, k, v, sinks, plan, scale, softcap):
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty(q.shape[:3], dtype=accumulator)
+
+
+@torch.library.custom_op("ringattn::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    dsinks = q.new_empty(0)
+    if sinks is not None:
+        # d lse / d sink = exp(sink - lse); its rows also receive the gradient of lse itself.
+        weight = torch.exp(sinks.to(lse.dtype) - lse)
+        dsinks = (weight * (dlse - delta)).sum((0, 1)).to(sinks.dtype)
+    dq, dk, dv = _plan(plan).run_backward(dout, q, k, v, lse, delta - dlse, scale, softcap or None)
+    return dq, dk, dv, dsinks
+
+
+@_attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap):
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        dsinks,
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, sinks, handle, scale, softcap = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, sinks, out, lse)
+    ctx.handle, ctx.scale, ctx.softcap = handle, scale, softcap
+    ctx.plan = _PLANS.get(handle)  # keeps the plan alive until the backward has run
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, sinks, out, lse = ctx.saved_tensors
+    dq, dk, dv, dsinks = _attention_backward(
+        dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap
+    )
+    return dq, dk, dv, dsinks if sinks is not None else None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

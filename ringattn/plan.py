@@ -1,0 +1,181 @@
+"""`Plan`: how a group of ranks attends one mask, and how a rank runs it."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ringattn.checks import check_tensors
+from ringattn.errors import PlanError, UserError
+from ringattn.executor import Run, Slots, backward_home, forward_home
+from ringattn.kernels.select import choose_kernel, kernel_by_name
+from ringattn.layouts import Layout
+from ringattn.masks import Mask
+from ringattn.operators import register
+from ringattn.parallel.fabric import Fabric
+from ringattn.program import Program, build_program
+from ringattn.schedule import Channel, Direction, Schedule
+from ringattn.sharding import Unshard, take_shard
+
+if TYPE_CHECKING:
+    from ringattn.context import ContextParallel
+
+
+class Plan:
+    """How a group computes attention under one mask: a layout, a forward and a backward schedule.
+
+    Made by `ContextParallel.plan`. Equal on all ranks; `digest` is compared across the group when
+    the plan is first used.
+
+    Attributes:
+        mask, layout: what attends what, and who owns what.
+        method: name of the plan generator.
+        forward, backward: `ringattn.schedule.Schedule`.
+        handle: the integer by which `ringattn::attention` finds the plan.
+    """
+
+    def __init__(
+        self,
+        context: "ContextParallel",
+        mask: Mask,
+        layout: Layout,
+        method: str,
+        schedules: tuple[Schedule, Schedule],
+    ) -> None:
+        self.context, self.mask, self.layout, self.method = context, mask, layout, method
+        self.forward, self.backward = schedules
+        self.handle = register(self)
+        self._programs: dict[tuple[str, int, str, str], Program] = {}
+        self._agreed = False
+
+    def __repr__(self) -> str:
+        return f"Plan({self.mask!r}, {self.layout.name}, {self.method}, world={self.world})"
+
+    @property
+    def world(self) -> int:
+        """Ranks that share the sequence."""
+        return self.layout.world
+
+    @property
+    def digest(self) -> str:
+        """Equal digests mean equal plans."""
+        return f"{self.forward.digest[:32]}{self.backward.digest[:32]}"
+
+    def schedule(self, direction: Direction) -> Schedule:
+        """The schedule of one direction."""
+        return self.forward if direction == "forward" else self.backward
+
+    def bytes(self, rank: int, direction: Direction) -> int:
+        """Bytes that a rank receives in one direction, per batch element."""
+        return self.schedule(direction).bytes(rank)
+
+    def peak_bytes(self, rank: int) -> int:
+        """Bytes beyond the shards that either direction needs on a rank, per batch element."""
+        return max(self.forward.peak_bytes(rank), self.backward.peak_bytes(rank))
+
+    def positions(self, rank: int | None = None) -> torch.Tensor:
+        """Global positions of a rank's tokens (this rank's by default), int64 (T,)."""
+        rank = self.context.rank if rank is None else rank
+        return torch.from_numpy(self.layout.positions(rank)).to(self.context.device)
+
+    def shard(self, x: torch.Tensor, dim: int = 1, rank: int | None = None) -> torch.Tensor:
+        """A rank's rows (this rank's by default) of a whole tensor along its token dim."""
+        if x.shape[dim] != self.mask.seq_len:
+            raise UserError(
+                f"tensor with {x.shape[dim]} tokens in dim {dim}",
+                f"the plan is for {self.mask.seq_len} tokens",
+                "shard the whole sequence, or pass the right dim",
+            )
+        return take_shard(x, self.layout, self.context.rank if rank is None else rank, dim)
+
+    def unshard(self, local: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The whole tensor on every rank, from each rank's rows; differentiable.
+
+        All ranks of the group communicate. The gradient of the whole tensor is taken to be the
+        same on every rank (a replicated loss): the backward returns this rank's rows of it.
+        """
+        self.context.require_ranks("plan.unshard")
+        rows = int(self.layout.sizes[self.context.rank])
+        if local.shape[dim] != rows:
+            raise UserError(
+                f"tensor with {local.shape[dim]} tokens in dim {dim}",
+                f"this rank owns {rows}",
+                "pass this rank's rows, or the right dim",
+            )
+        whole = Unshard.apply(local, self.layout, self.context.group, dim)
+        assert isinstance(whole, torch.Tensor)
+        return whole
+
+    def check(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> None:
+        """Raises UserError where the tensors do not fit this plan on this rank."""
+        self.context.require_ranks("attention")
+        check_tensors(self.context, int(self.layout.sizes[self.context.rank]), q, k, v, sinks)
+
+    def program(
+        self, direction: Direction, rank: int, kernel: str, device: torch.device
+    ) -> Program:
+        """A rank's part of a schedule for a kernel and a device; built once."""
+        key = (direction, rank, kernel, str(device))
+        if key not in self._programs:
+            made = kernel_by_name(kernel)
+            self._programs[key] = build_program(self.schedule(direction), rank, made, device)
+        return self._programs[key]
+
+    def run_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward on this rank: (out in q's dtype, lse). All ranks communicate."""
+        run = self._run("forward", forward_home(q, k, v, sinks), scale, softcap)
+        run.execute()
+        out, lse = run.slots[Channel.O, 0]
+        return out.to(q.dtype), lse
+
+    def run_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The backward on this rank: (dq, dk, dv) in the inputs' dtypes. All ranks communicate."""
+        run = self._run("backward", backward_home(dout, q, k, v, lse, delta), scale, softcap)
+        run.execute()
+        (dq,), (dk, dv) = run.slots[Channel.DQ, 0], run.slots[Channel.DKV, 0]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    def _run(self, direction: Direction, home: Slots, scale: float, softcap: float | None) -> Run:
+        context = self.context
+        q, (_, v) = home[Channel.Q, 0][0], home[Channel.K, 0]
+        kernel = choose_kernel(
+            context.kernel,
+            device=q.device.type,
+            dtype=q.dtype,
+            head_dim=(q.shape[-1], v.shape[-1]),
+            softcap=softcap,
+        )
+        program = self.program(direction, context.rank, kernel.name, q.device)
+        fabric = context.fabric(q.device)
+        if not self._agreed:
+            self._agree(fabric)
+        fabric.open(program.classes)
+        return Run(program, fabric, context.arena, home, scale, softcap)
+
+    def _agree(self, fabric: Fabric) -> None:
+        strangers = fabric.agree(self.digest)
+        if strangers:
+            raise PlanError(
+                f"rank {fabric.rank}: ranks {strangers} hold another plan than rank 0; "
+                "give every rank the same mask and the same ContextParallel arguments"
+            )
+        self._agreed = True

@@ -1,0 +1,250 @@
+"""Schedules: the tables that one executor runs, counts, verifies, prices and draws.
+
+A schedule is one direction (forward or backward) of attention over a layout. Steps are global:
+in every step each rank posts the step's moves, computes the step's tasks, then applies the moves
+that land. A move captures its source at `post` and writes its destination after the compute of
+step `land`. Landings of a step: first every `take` clears its source accumulator (its payload is
+already captured), then SETs, then ADDs, in table order. For channel O, ADD is the log-sum-exp
+merge with identity (0, -inf); for dQ and dKV it is a sum.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from ringattn.bands import BAND, BAND_FIELDS, area
+from ringattn.kernels.tiles import TILE
+
+Direction = Literal["forward", "backward"]
+
+
+class Channel(IntEnum):
+    """What a slot holds. Forward: Q (q), K (k, v), O (out, lse). Backward: Q (q, dout, lse, delta),
+    K (k, v), DQ (dq), DKV (dk, dv)."""
+
+    Q = 0
+    K = 1
+    O = 2  # noqa: E741 - the field's name for the attention output
+    DQ = 3
+    DKV = 4
+
+
+class Op(IntEnum):
+    """How a payload meets its destination rows."""
+
+    SET = 0
+    ADD = 1
+
+
+class Wire(IntEnum):
+    """In which dtype a payload's data travels; lse and delta always travel as accumulators."""
+
+    INPUT = 0
+    ACCUMULATOR = 1
+
+
+class Lane(IntEnum):
+    """Which link carries a move: inside a node or between nodes."""
+
+    INTRA = 0
+    INTER = 1
+
+
+def _ints(*names: str) -> list[tuple[str, type]]:
+    return [(name, np.int64) for name in names]
+
+
+TASK = np.dtype(
+    _ints(
+        "step", "rank", "qslot", "kslot", "oslot", "gslot",
+        "h0", "h1", "q0", "q1", "k0", "k1", "lo", "hi", "stride", "area",
+    )
+    + [("cost", np.float64)]
+)  # fmt: skip
+MOVE = np.dtype(
+    _ints(
+        "post", "land", "src", "dst", "channel", "sslot", "s0", "dslot", "d0", "rows",
+        "sh", "dh", "nheads", "op", "take", "dtype", "lane",
+    )
+)  # fmt: skip
+SLOT = np.dtype(_ints("rank", "channel", "slot", "rows", "heads"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes of one attention call that turn rows into bytes.
+
+    Attributes:
+        q_heads, kv_heads: Hq, Hkv.
+        qk_dim, v_dim: head dims of q and k, and of v and out.
+        itemsize: bytes of an input element. accumulator_itemsize: 4, or 8 for float64 inputs.
+    """
+
+    q_heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    itemsize: int
+    accumulator_itemsize: int
+
+    def heads(self, channel: int) -> int:
+        """Heads of a channel's home slot."""
+        return self.kv_heads if channel in (Channel.K, Channel.DKV) else self.q_heads
+
+    def row_bytes(self, channel: int, direction: Direction, wire: int) -> int:
+        """Bytes of one row of one head of a payload."""
+        size = self.accumulator_itemsize if wire == Wire.ACCUMULATOR else self.itemsize
+        qk, v, acc = self.qk_dim, self.v_dim, self.accumulator_itemsize
+        if channel == Channel.Q:
+            return qk * size if direction == "forward" else (qk + v) * size + 2 * acc
+        if channel == Channel.O:
+            return v * size + acc
+        return {Channel.K: qk + v, Channel.DQ: qk, Channel.DKV: qk + v}[Channel(channel)] * size
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Schedule:
+    """One direction of a plan, as data.
+
+    Attributes:
+        direction: "forward" or "backward".
+        world: P ranks. nsteps: global steps.
+        home_rows: tokens of each rank, (P,).
+        tasks, moves, slots: tables of dtype `TASK`, `MOVE`, `SLOT`, in execution order. Slot 0 of a
+            channel is the rank's own shard.
+        shapes: what turns rows into bytes.
+        saved: (channel, slot) pairs of the forward that the backward starts from, beside home.
+        key: mask, layout and method, for people and the digest.
+    """
+
+    direction: Direction
+    world: int
+    nsteps: int
+    home_rows: np.ndarray
+    tasks: np.ndarray
+    moves: np.ndarray
+    slots: np.ndarray
+    shapes: Shapes
+    saved: tuple[tuple[int, int], ...] = ()
+    key: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that two ranks must agree on."""
+        digest = hashlib.sha256(
+            repr(
+                (self.direction, self.world, self.nsteps, self.shapes, self.saved, self.key)
+            ).encode()
+        )
+        for table in (self.home_rows, self.tasks, self.moves, self.slots):
+            digest.update(np.ascontiguousarray(table).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def move_bytes(self) -> np.ndarray:
+        """Bytes of each move (per batch element), 0 for local copies; int64 (moves,)."""
+        table = np.array(
+            [[self.shapes.row_bytes(c, self.direction, w) for w in Wire] for c in Channel]
+        )
+        m = self.moves
+        size = m["rows"] * m["nheads"] * table[m["channel"], m["dtype"]]
+        return np.where(m["src"] == m["dst"], 0, size)
+
+    def bytes(self, rank: int, lane: Lane | None = None) -> int:
+        """Bytes that a rank receives per batch element, over one lane or over both."""
+        mine = self.moves["dst"] == rank
+        if lane is not None:
+            mine &= self.moves["lane"] == lane
+        return int(self.move_bytes[mine].sum())
+
+    @cached_property
+    def work(self) -> np.ndarray:
+        """Mask area that each rank computes in each step, int64 (P, nsteps)."""
+        table = np.zeros((self.world, max(self.nsteps, 1)), dtype=np.int64)
+        np.add.at(table, (self.tasks["rank"], self.tasks["step"]), self.tasks["area"])
+        return table
+
+    def peak_bytes(self, rank: int) -> int:
+        """Bytes of slots beyond home and of messages in flight on a rank, per batch element."""
+        mine = self.slots[(self.slots["rank"] == rank) & (self.slots["slot"] > 0)]
+        total = 0
+        for slot in mine:
+            accumulates = slot["channel"] in (Channel.O, Channel.DQ, Channel.DKV)
+            wire = Wire.ACCUMULATOR if accumulates else Wire.INPUT
+            size = self.shapes.row_bytes(int(slot["channel"]), self.direction, wire)
+            total += int(slot["rows"] * slot["heads"]) * size
+        flight = np.zeros(self.nsteps + 1, dtype=np.int64)
+        touching = (self.moves["src"] == rank) | (self.moves["dst"] == rank)
+        np.add.at(flight, self.moves["post"][touching], self.move_bytes[touching])
+        np.add.at(flight, self.moves["land"][touching] + 1, -self.move_bytes[touching])
+        return total + int(np.cumsum(flight).max(initial=0))
+
+
+def bands_of(tasks: np.ndarray) -> np.ndarray:
+    """The tasks' tiles as bands over buffer rows. A task's `stride` is its band's `step`."""
+    bands = np.empty(len(tasks), dtype=BAND)
+    for name in BAND_FIELDS[:-1]:
+        bands[name] = tasks[name]
+    bands["step"] = tasks["stride"]
+    return bands
+
+
+def set_bands(tasks: np.ndarray, bands: np.ndarray) -> None:
+    """Writes bands over buffer rows into the tasks' tile columns, with their areas."""
+    for name in BAND_FIELDS[:-1]:
+        tasks[name] = bands[name]
+    tasks["stride"] = bands["step"]
+    tasks["area"] = area(bands)
+
+
+def tiles_of(tasks: np.ndarray) -> np.ndarray:
+    """The tasks' tiles as kernels take them, dtype `ringattn.kernels.tiles.TILE`."""
+    tiles = np.empty(len(tasks), dtype=TILE)
+    for name in ("h0", "h1", *BAND_FIELDS[:-1]):
+        tiles[name] = tasks[name]
+    tiles["step"] = tasks["stride"]
+    return tiles
+
+
+def derive_slots(
+    tasks: np.ndarray, moves: np.ndarray, shapes: Shapes, direction: Direction
+) -> np.ndarray:
+    """Sizes of all slots beyond home, from the rows that tasks and moves touch."""
+    out, grad = (Channel.O, None) if direction == "forward" else (Channel.DQ, Channel.DKV)
+    q_end, k_end = tasks["q1"], tasks["k1"]
+    channel, rows = moves["channel"], moves["rows"]
+    uses = [
+        (tasks["rank"], Channel.Q, tasks["qslot"], q_end, 0),
+        (tasks["rank"], Channel.K, tasks["kslot"], k_end, 0),
+        (tasks["rank"], out, tasks["oslot"], q_end, 0),
+        (moves["src"], channel, moves["sslot"], moves["s0"] + rows, moves["sh"] + moves["nheads"]),
+        (moves["dst"], channel, moves["dslot"], moves["d0"] + rows, moves["dh"] + moves["nheads"]),
+    ]
+    if grad is not None:
+        uses.append((tasks["rank"], grad, tasks["gslot"], k_end, 0))
+    columns = [np.concatenate([np.broadcast_to(u[c], u[0].shape) for u in uses]) for c in range(5)]
+    rank, channel, slot, rows, heads = (c.astype(np.int64) for c in columns)
+    keep = slot > 0
+    key = np.stack([rank, channel, slot], axis=1)[keep]
+    unique, inverse = np.unique(key, axis=0, return_inverse=True)
+    table = np.zeros(len(unique), dtype=SLOT)
+    table["rank"], table["channel"], table["slot"] = unique.T
+    inverse = inverse.reshape(-1)
+    np.maximum.at(table["rows"], inverse, rows[keep])
+    np.maximum.at(table["heads"], inverse, heads[keep])
+    home_heads = np.array([shapes.heads(c) for c in Channel])
+    table["heads"] = np.where(table["heads"] == 0, home_heads[table["channel"]], table["heads"])
+    return table
+
+
+def compact(tasks: np.ndarray, moves: np.ndarray) -> int:
+    """Renumbers steps in place so that no step is empty; returns the number of steps."""
+    used = np.unique(np.concatenate([tasks["step"], moves["post"], moves["land"]]))
+    tasks["step"] = np.searchsorted(used, tasks["step"])
+    moves["post"] = np.searchsorted(used, moves["post"])
+    moves["land"] = np.searchsorted(used, moves["land"])
+    return len(used)

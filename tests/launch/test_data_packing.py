@@ -1,0 +1,117 @@
+"""Packs: nothing lost, nothing doubled, labels inside documents, position a pure function."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringattn.errors import UserError
+from ringattn.launch.packing import IGNORE, Batches, PackedDataset
+from tests.launch.corpora import small_corpus, stored_documents
+
+SEQ_LENS = [1, 7, 64, 333, 5000]  # the last exceeds the corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("packing"))
+
+
+def naive_stream(dataset: PackedDataset, documents: list[list[int]], length: int) -> list[tuple]:
+    """(token, label, document ends here) of the first `length` stream places, token by token."""
+    stream: list[tuple] = []
+    number = 0
+    while len(stream) < length:
+        order = np.arange(len(documents))
+        if dataset.split == "train":
+            np.random.Generator(np.random.PCG64([dataset.seed, number])).shuffle(order)
+        for d in order:
+            ids = documents[d]
+            labels = [*ids[1:], IGNORE]
+            if number and dataset.split == "heldout":
+                labels = [IGNORE] * len(ids)
+            last = [False] * (len(ids) - 1) + [True]
+            stream += zip(ids, labels, last, strict=True)
+        number += 1
+    return stream[:length]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("seq_len", SEQ_LENS)
+def test_packs_equal_a_naive_stream(folder: Path, split: str, seq_len: int) -> None:
+    dataset = PackedDataset(folder, split, seq_len, seed=5)
+    count = min(2 * dataset.packs + 3, 700)
+    stream = naive_stream(dataset, stored_documents(folder, split), count * seq_len)
+    for index in range(count):
+        pack = dataset.pack(index)
+        wanted = stream[index * seq_len : (index + 1) * seq_len]
+        assert pack.tokens.tolist() == [token for token, _, _ in wanted], f"pack {index}"
+        assert pack.labels.tolist() == [label for _, label, _ in wanted], f"pack {index}"
+        assert pack.tokens.dtype == pack.labels.dtype == np.int64
+        ends = [place for place, (_, _, last) in enumerate(wanted, start=1) if last]
+        assert np.cumsum(pack.lengths).tolist() == sorted({*ends, seq_len}), f"pack {index}"
+        assert dataset.valid_tokens(index) == (pack.labels != IGNORE).sum(), f"pack {index}"
+
+
+def test_every_token_once_per_epoch_and_a_new_order(folder: Path) -> None:
+    dataset = PackedDataset(folder, "train", 1, seed=2)
+    tokens = [int(dataset.pack(i).tokens[0]) for i in range(2 * dataset.tokens)]
+    documents = stored_documents(folder, "train")
+    wanted = Counter(token for doc in documents for token in doc)
+    epochs = [tokens[: dataset.tokens], tokens[dataset.tokens :]]
+    assert [Counter(epoch) for epoch in epochs] == [wanted, wanted]
+    assert epochs[0] != epochs[1]
+
+
+def test_heldout_counts_each_target_once(folder: Path) -> None:
+    documents = stored_documents(folder, "heldout")
+    wanted = Counter(token for doc in documents for token in doc[1:])
+    dataset = PackedDataset(folder, "heldout", 50)
+    found: Counter[int] = Counter()
+    for index in range(dataset.packs + 2):  # two packs beyond the end count nothing
+        found.update(label for label in dataset.pack(index).labels.tolist() if label != IGNORE)
+    assert found == wanted
+
+
+def test_position_is_a_pure_function(folder: Path) -> None:
+    forwards = PackedDataset(folder, "train", 64, seed=1)
+    packs = [forwards.pack(i) for i in range(60)]
+    resumed = PackedDataset(folder, "train", 64, seed=1)
+    for index in (59, 3, 31):  # out of order, in a fresh object
+        assert (resumed.pack(index).tokens == packs[index].tokens).all()
+        assert resumed.pack(index).lengths == packs[index].lengths
+    other = PackedDataset(folder, "train", 64, seed=2)
+    assert (other.pack(0).tokens != packs[0].tokens).any()
+
+
+@pytest.mark.parametrize("dp, accumulate, batch", [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)])
+def test_any_dp_size_reads_the_same_steps(dp: int, accumulate: int, batch: int) -> None:
+    batches = Batches(dp=dp, accumulate=accumulate, batch=batch)
+    assert batches.per_step == 8
+    for step in (0, 5):
+        indices = batches.indices(step)
+        assert indices.shape == (accumulate, dp, batch)
+        assert sorted(indices.flat) == list(range(8 * step, 8 * step + 8))
+
+
+def test_resume_with_another_step_size_skips_and_repeats_nothing() -> None:
+    before = Batches(dp=2, accumulate=2)
+    after = Batches(dp=3, origin_step=5, origin_pack=before.position(5))
+    read = [i for step in range(5) for i in before.indices(step).flat]
+    read += [i for step in range(5, 9) for i in after.indices(step).flat]
+    assert read == list(range(32))
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="split='test'"):
+        PackedDataset(folder, "test", 8)
+    with pytest.raises(UserError, match=r"data\.seq_len=0"):
+        PackedDataset(folder, "train", 0)
+    with pytest.raises(UserError, match="seed=-1"):
+        PackedDataset(folder, "train", 8, seed=-1)
+    with pytest.raises(UserError, match="accumulate=0"):
+        Batches(accumulate=0)
+    whole = small_corpus(tmp_path, holdout=0)
+    with pytest.raises(UserError, match="no token in the split 'heldout'"):
+        PackedDataset(whole, "heldout", 8)
