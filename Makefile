@@ -39,7 +39,8 @@ format: setup  ## format, and fix what can be fixed without a person
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup  ## run the benchmarks
-	$(VENV)/bin/ringattn bench $(ARGS)
+	$(PY) -m ringattn.benchmarks.planning
+	$(PY) -m ringattn.benchmarks.cpu_cost
 
 clean:  ## remove caches and builds (keeps the environment and the runs)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,14 +1,14 @@
 """Turns a tile table into the op calls of the CPU flash kernel: few, large and batched."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from ringattn.kernels.cpu_cells import CALL_ROWS, band_cells
-from ringattn.kernels.lattice import lattice_tiles
+from ringattn.kernels.cpu_cells import CELL_ROWS, Cell
+from ringattn.kernels.lattice import LatticeTile, lattice_tiles
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Call:
     """`count` equal problems, batched. Coordinates are buffer rows.
 
     Problem c: query rows q0 + c * q_stride + step * [0, rows), key rows likewise, query heads
-    [h0, h1); everything is allowed, or what `allowed` (rows, keys) says.
+    [h0, h1). `mask` (rows, keys) is additive, in float32, 0 or -inf; None where all is allowed.
     """
 
     h0: int
@@ -29,9 +29,9 @@ class Call:
     k0: int
     k_stride: int
     keys: int
-    allowed: torch.Tensor | None
-    dead: torch.Tensor | None
-    """(rows,) bool, rows without any allowed key; None where there are none."""
+    mask: torch.Tensor | None
+    causal: bool
+    """Row a of a problem attends keys b <= a only; rows == keys."""
     first: bool
     """No earlier call of the list touches these query rows and heads."""
 
@@ -40,21 +40,33 @@ class Call:
         """Whether two problems of the batch share key rows."""
         return self.count > 1 and self.k_stride < self.keys * self.step
 
+    def touches(self, heads: slice) -> bool:
+        """Whether the call has query heads among `heads`."""
+        return max(self.h0, heads.start) < min(self.h1, heads.stop)
 
-_Shape = tuple[int, int, int, int, int, int | None, int | None]  # h0 h1 step rows keys lo hi
+    def window(self, heads: slice) -> "Call":
+        """The call's part in query heads `heads`, with heads counted from `heads.start`."""
+        h0, h1 = max(self.h0, heads.start), min(self.h1, heads.stop)
+        return replace(self, h0=h0 - heads.start, h1=h1 - heads.start)
 
 
-def build_calls(tiles: np.ndarray) -> tuple[Call, ...]:
-    """The calls that together compute a `TILE` table, each pair once."""
+# h0 h1 step rows keys lo hi causal
+_Shape = tuple[int, int, int, int, int, int | None, int | None, bool]
+
+
+def build_calls(
+    tiles: np.ndarray, cells: Callable[[LatticeTile], Iterable[Cell]]
+) -> tuple[Call, ...]:
+    """The calls that together compute a `TILE` table, each pair once. `cells` cuts a tile."""
     blocks: dict[tuple[_Shape, int], list[tuple[int, int]]] = defaultdict(list)
     for tile in lattice_tiles(tiles):
-        for c in band_cells(tile):
-            shape = (tile.h0, tile.h1, tile.step, c.rows, c.keys, c.lo, c.hi)
+        for c in cells(tile):
+            shape = (tile.h0, tile.h1, tile.step, c.rows, c.keys, c.lo, c.hi, c.causal)
             q0, k0 = tile.q0 + c.q0 * tile.step, tile.k0 + c.k0 * tile.step
             blocks[shape, k0 - q0].append((q0, k0))
-    masks = {shape[3:]: _mask(*shape[3:]) for shape, _ in blocks}
+    masks = {shape[3:7]: _mask(*shape[3:7]) for shape, _ in blocks}
     calls = [
-        _call(shape, run, *masks[shape[3:]])
+        _call(shape, run, masks[shape[3:7]])
         for (shape, _), origins in blocks.items()
         for run in _runs(sorted(origins), rows=shape[3], step=shape[2])
     ]
@@ -62,23 +74,20 @@ def build_calls(tiles: np.ndarray) -> tuple[Call, ...]:
     return tuple(_mark_first(calls))
 
 
-def _mask(
-    rows: int, keys: int, lo: int | None, hi: int | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _mask(rows: int, keys: int, lo: int | None, hi: int | None) -> torch.Tensor | None:
     if lo is None or hi is None:
-        return None, None
+        return None
     distance = torch.arange(keys) - torch.arange(rows).unsqueeze(-1)
-    allowed = (distance >= lo) & (distance <= hi)
-    dead = ~allowed.any(-1)
-    return allowed, dead if bool(dead.any()) else None
+    outside = (distance < lo) | (distance > hi)
+    return torch.zeros(rows, keys).masked_fill_(outside, float("-inf"))
 
 
 def _runs(origins: list[tuple[int, int]], rows: int, step: int) -> Iterator[list[tuple[int, int]]]:
     """Cuts sorted (q0, k0) into runs of constant strides whose query rows do not overlap.
 
-    A run ends at `CALL_ROWS` query rows.
+    A run ends at `CELL_ROWS` query rows.
     """
-    longest = max(1, CALL_ROWS // rows)
+    longest = max(1, CELL_ROWS // rows)
     start = 0
     while start < len(origins):
         stop, stride = start + 1, None
@@ -94,8 +103,7 @@ def _runs(origins: list[tuple[int, int]], rows: int, step: int) -> Iterator[list
 def _call(
     shape: _Shape,
     run: list[tuple[int, int]],
-    allowed: torch.Tensor | None,
-    dead: torch.Tensor | None,
+    mask: torch.Tensor | None,
 ) -> Call:
     h0, h1, step, rows, keys = shape[:5]
     (q0, k0), (q_next, k_next) = run[0], run[min(1, len(run) - 1)]
@@ -110,8 +118,8 @@ def _call(
         k0=k0,
         k_stride=k_next - k0,
         keys=keys,
-        allowed=allowed,
-        dead=dead,
+        mask=mask,
+        causal=shape[7],
         first=False,
     )
 

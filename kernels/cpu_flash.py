@@ -8,73 +8,57 @@ additive masks, overwrites its result and recomputes delta from `out`. Around it
   rounded before they are merged.
 - bfloat16 inputs run backward in bfloat16 where a call is large enough to gain from it; shorter
   calls, float16 and float32 run in float32.
+- The backward of small tiles is the matmul kernel's, whose cost per tile is lower.
 - The backward is given an `out` made so that rowsum(dout * out) is the global delta.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ringattn.kernels.cpu_backward import add_window_gradients
 from ringattn.kernels.cpu_calls import Call, build_calls
-from ringattn.kernels.cpu_products import ProductOperands, Workspace, add_gradients
-from ringattn.kernels.cpu_views import add_to_keys, batch_rows, key_blocks, query_blocks
-from ringattn.kernels.heads import head_parts
+from ringattn.kernels.cpu_cells import key_strip_cells, row_strip_cells
+from ringattn.kernels.cpu_views import batch_rows, key_blocks, query_blocks, unit_stride
+from ringattn.kernels.heads import head_parts, head_windows
+from ringattn.kernels.lattice import LatticeTile
+from ringattn.kernels.matmul import MatmulKernel
 from ringattn.kernels.merge import NO_KEY, accumulator_dtype, merge_partial
 
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-BF16_BACKWARD_ROWS = 768
-"""The op splits query rows by 256 from here on; below, its bfloat16 backward is the slower one."""
-BF16_BACKWARD_KEYS = 256
+CAST_BYTES = 24 << 20
+"""Float32 copies of 16-bit operands held at once. Larger blocks come from the system untouched at
+every launch, and their page faults cost more than the casts; so heads are taken a few at a time."""
 
-
-class _Gradients(NamedTuple):
-    """Operands of the backward op in one dtype, (B, rows, heads, dim)."""
-
-    dout: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
+FORWARD_STRIP = 192
+"""From here on the op splits query rows by 64 instead of 32."""
+BACKWARD_STRIP = 192
+"""Strips of keys: dk and dv of a strip are added once; only dq is added to piecewise."""
 
 
-def _mask(call: Call, dtype: torch.dtype) -> torch.Tensor | None:
-    if call.allowed is None:
-        return None
-    return torch.zeros(call.allowed.shape, dtype=dtype).masked_fill_(~call.allowed, NO_KEY)
+SMALL_SCORES, BATCH = 1 << 13, 4
+"""The backward of a tile of no more scores goes to the matmul kernel, unless this many equal ones
+share a diagonal and so may become one call."""
+
+_small_kernel = MatmulKernel()
 
 
-def _dense_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
+class PreparedCalls(NamedTuple):
+    """What each direction runs for one tile table.
 
-
-def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x (B, T, H, D) in another dtype with the rows of a head next to each other in memory."""
-    shape = (x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-    return x.new_empty(shape, dtype=dtype).transpose(1, 2).copy_(x)
-
-
-def stand_in_out(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dout', out') with rowsum(dout' * out') = delta, for an op that recomputes delta.
-
-    out' = dout * delta / |dout|^2, with rows divided by their largest entry first because the
-    square underflows for small gradients. dout' is dout, except that a zero row whose delta is not
-    zero (a gradient of lse alone) gets one entry too small to matter elsewhere.
+    bfloat16 has its own backward: there the op's causal flag is the fastest way through large
+    triangles, while in other dtypes it is the slowest.
     """
-    top = dout.abs().amax(-1, keepdim=True)
-    delta = delta.unsqueeze(-1)
-    silent = (top == 0) & (delta != 0)
-    if bool(silent.any()):
-        tiny = torch.finfo(dout.dtype).tiny ** 0.5
-        dout = dout.clone()
-        dout[..., :1].masked_fill_(silent, tiny)
-        top = top.masked_fill(silent, tiny)
-    unit = dout / top.masked_fill(top == 0, 1.0)
-    square = unit.square().sum(-1, keepdim=True).clamp_min_(1.0)
-    return dout, unit.mul_(delta / top.masked_fill(top == 0, 1.0) / square)
+
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+    backward_bf16: tuple[Call, ...]
+    backward_small: tuple[LatticeTile, ...]
+    """Tiles whose backward is `MatmulKernel`'s; the other two backward lists leave them out."""
 
 
 class CpuFlashKernel:
@@ -96,9 +80,16 @@ class CpuFlashKernel:
             return f"softcap {softcap} is not supported by the CPU flash op"
         return None
 
-    def prepare(self, tiles: np.ndarray, device: torch.device) -> tuple[Call, ...]:
+    def prepare(self, tiles: np.ndarray, device: torch.device) -> PreparedCalls:
         """The op calls of a tile table."""
-        return build_calls(tiles)
+        small = _is_small(tiles)
+        large = tiles[~small]
+        return PreparedCalls(
+            build_calls(tiles, partial(row_strip_cells, strip=FORWARD_STRIP)),
+            build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=False)),
+            build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=True)),
+            _small_kernel.prepare(tiles[small], device),
+        )
 
     @torch.no_grad()
     def forward(
@@ -106,7 +97,7 @@ class CpuFlashKernel:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        prepared: tuple[Call, ...],
+        prepared: PreparedCalls,
         out: torch.Tensor,
         lse: torch.Tensor,
         *,
@@ -114,32 +105,17 @@ class CpuFlashKernel:
         softcap: float | None,
     ) -> None:
         """See `Kernel.forward`."""
-        if not prepared or q.shape[0] == 0:
+        if not prepared.forward:
             return
-        dtype, group = accumulator_dtype(q.dtype), q.shape[2] // k.shape[2]
-        q, k, v = (_dense_rows(x, dtype) for x in (q, k, v))
-        for call in prepared:
-            mask = _mask(call, dtype)
-            for heads, key_heads in head_parts(call.h0, call.h1, group):
-                for b in batch_rows(call, q.shape[0]):
-                    part_out, part_lse = _forward_op(
-                        query_blocks(q, b, call, heads),
-                        key_blocks(k, b, call, key_heads),
-                        key_blocks(v, b, call, key_heads),
-                        0.0,
-                        False,
-                        attn_mask=mask,
-                        scale=scale,
-                    )
-                    if call.dead is not None:
-                        part_lse.masked_fill_(call.dead, NO_KEY)
-                    into_out = query_blocks(out, b, call, heads)
-                    into_lse = query_blocks(lse, b, call, heads)
-                    if call.first and bool((into_lse == NO_KEY).all()):
-                        into_out.copy_(part_out)
-                        into_lse.copy_(part_lse)
-                    else:
-                        merge_partial(into_out, into_lse, part_out, part_lse)
+        dtype = accumulator_dtype(q.dtype)
+        copies = (q.shape[1] * (q.shape[2] // k.shape[2]) + 2 * k.shape[1]) * (q.dtype != dtype)
+        for heads, key_heads in _windows(q, k, copies * dtype.itemsize):
+            operands = [q[:, :, heads], k[:, :, key_heads], v[:, :, key_heads]]
+            operands = [unit_stride(x.to(dtype)) for x in operands]
+            into_out, into_lse = out[:, :, heads], lse[:, :, heads]
+            for call in prepared.forward:
+                if call.touches(heads):
+                    _forward_call(call.window(heads), operands, into_out, into_lse, scale)
 
     @torch.no_grad()
     def backward(
@@ -150,7 +126,7 @@ class CpuFlashKernel:
         v: torch.Tensor,
         lse: torch.Tensor,
         delta: torch.Tensor,
-        prepared: tuple[Call, ...],
+        prepared: PreparedCalls,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
@@ -159,100 +135,66 @@ class CpuFlashKernel:
         softcap: float | None,
     ) -> None:
         """See `Kernel.backward`."""
-        if not prepared or q.shape[0] == 0:
+        small, grads = prepared.backward_small, (dq, dk, dv)
+        options = {"scale": scale, "softcap": softcap}
+        _small_kernel.backward(dout, q, k, v, lse, delta, small, *grads, **options)
+        if not prepared.backward:
             return
+        wide = accumulator_dtype(q.dtype)
+        copies = 2 * (q.shape[1] * (q.shape[2] // k.shape[2]) + k.shape[1]) * wide.itemsize
         lse = lse.masked_fill(lse == NO_KEY, float("inf"))  # a row without keys: exp(x - inf) = 0
-        grads = (dq, dk, dv)
-        large = [call for call in prepared if _is_large(call)]
-        small = [call for call in prepared if not _is_large(call)]
-        if large:
-            _backward_by_op(large, dout, q, k, v, lse, delta, grads, scale)
-        if small:
-            _backward_by_products(small, dout, q, k, v, lse, delta, grads, scale)
+        calls = prepared.backward_bf16 if q.dtype == torch.bfloat16 else prepared.backward
+        for heads, key_heads in _windows(q, k, copies):
+            add_window_gradients(
+                [call.window(heads) for call in calls if call.touches(heads)],
+                dout[:, :, heads],
+                q[:, :, heads],
+                k[:, :, key_heads],
+                v[:, :, key_heads],
+                lse[:, :, heads],
+                delta[:, :, heads],
+                (dq[:, :, heads], dk[:, :, key_heads], dv[:, :, key_heads]),
+                scale,
+            )
 
 
-def _is_large(call: Call) -> bool:
-    return call.rows >= BF16_BACKWARD_ROWS and call.keys >= BF16_BACKWARD_KEYS
-
-
-def _narrow_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What backward products may be taken in: bfloat16 in bfloat16, the rest accumulates."""
-    return dtype if dtype == torch.bfloat16 else accumulator_dtype(dtype)
-
-
-def _backward_by_op(
-    calls: list[Call],
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-) -> None:
-    dtype, group = _narrow_dtype(q.dtype), q.shape[2] // k.shape[2]
-    dout, out = stand_in_out(dout.to(accumulator_dtype(q.dtype)), delta)
-    operands = _Gradients(*(_dense_rows(x, dtype) for x in (dout, q, k, v, out)))
-    for call in calls:
-        mask = _mask(call, dtype)
-        for heads, key_heads in head_parts(call.h0, call.h1, group):
-            for b in batch_rows(call, q.shape[0]):
-                grads = _backward_call(operands, lse, call, b, heads, key_heads, mask, scale)
-                query_blocks(into[0], b, call, heads).add_(grads[0])
-                add_to_keys(into[1], grads[1], b, call, key_heads)
-                add_to_keys(into[2], grads[2], b, call, key_heads)
-
-
-def _backward_by_products(
-    calls: list[Call],
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-) -> None:
-    wide, narrow = accumulator_dtype(q.dtype), _narrow_dtype(q.dtype)
-    operands = ProductOperands(
-        q=_head_major(q, wide),
-        k=_head_major(k, wide),
-        v=_head_major(v, wide),
-        dout=_head_major(dout, wide),
-        q_narrow=_head_major(q, narrow),
-        k_narrow=_head_major(k, narrow),
-        dout_narrow=_head_major(dout, narrow),
-        lse=lse,
-        delta=delta,
+def _is_small(tiles: np.ndarray) -> np.ndarray:
+    """bool per tile: too small for a call of its own, and without equals to share one with."""
+    rows, keys = (tiles["q1"] - tiles["q0"]) // tiles["step"], tiles["k1"] - tiles["k0"]
+    shape = [tiles[name] for name in ("h0", "h1", "lo", "hi", "step")]
+    shape += [rows, keys, tiles["k0"] - tiles["q0"]]
+    _, inverse, equals = np.unique(
+        np.stack(shape, axis=1), axis=0, return_inverse=True, return_counts=True
     )
-    work = Workspace.allocate(wide, narrow)
-    for call in calls:
-        mask = _mask(call, wide)
-        for heads, key_heads in head_parts(call.h0, call.h1, q.shape[2] // k.shape[2]):
-            add_gradients(call, mask, operands, into, heads, key_heads, scale, work)
+    return (rows * (keys // tiles["step"]) <= SMALL_SCORES) & (equals[inverse.ravel()] < BATCH)
 
 
-def _backward_call(
-    operands: _Gradients,
-    lse: torch.Tensor,
-    call: Call,
-    batch: int | None,
-    heads: slice,
-    key_heads: slice,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward_op(
-        query_blocks(operands.dout, batch, call, heads),
-        query_blocks(operands.q, batch, call, heads),
-        key_blocks(operands.k, batch, call, key_heads),
-        key_blocks(operands.v, batch, call, key_heads),
-        query_blocks(operands.out, batch, call, heads),
-        query_blocks(lse, batch, call, heads),
-        0.0,
-        False,
-        attn_mask=mask,
-        scale=scale,
-    )
+def _windows(q: torch.Tensor, k: torch.Tensor, bytes_per_dim: int) -> Iterator[tuple[slice, slice]]:
+    """Head windows; `bytes_per_dim` is what one key head copies per batch row and head dim."""
+    bytes_per_head = max(1, q.shape[0] * q.shape[3] * bytes_per_dim)
+    return head_windows(q.shape[2], k.shape[2], max(1, CAST_BYTES // bytes_per_head))
+
+
+def _forward_call(
+    call: Call, operands: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, scale: float
+) -> None:
+    q, k, v = operands
+    mask = None if call.mask is None else call.mask.to(q.dtype)
+    for heads, key_heads in head_parts(call.h0, call.h1, q.shape[2] // k.shape[2]):
+        for batch in batch_rows(call, q.shape[0]):
+            part_out, part_lse = _forward_op(
+                query_blocks(q, batch, call, heads),
+                key_blocks(k, batch, call, key_heads),
+                key_blocks(v, batch, call, key_heads),
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=scale,
+            )
+            into_out = query_blocks(out, batch, call, heads)
+            into_lse = query_blocks(lse, batch, call, heads)
+            if call.first and bool((into_lse == NO_KEY).all()):
+                into_out.copy_(part_out)
+                into_lse.copy_(part_lse)
+            else:
+                merge_partial(into_out, into_lse, part_out, part_lse)

@@ -19,6 +19,11 @@ def key_blocks(x: torch.Tensor, batch: int | None, call: Call, heads: slice) -> 
     return _blocks(x, batch, (call.k0, call.k_stride, call.keys), call, heads)
 
 
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with its last dim contiguous, as the op needs it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def batch_rows(call: Call, batch: int) -> tuple[int | None, ...]:
     """The values of `batch` that together cover a buffer with that many batch rows."""
     return (None,) if call.count == 1 else tuple(range(batch))

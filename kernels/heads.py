@@ -1,4 +1,4 @@
-"""Grouped-query heads: which key heads a range of query heads reads."""
+"""Grouped-query heads: which key heads a range of query heads reads; taking a few at once."""
 
 from collections.abc import Iterator
 
@@ -19,3 +19,11 @@ def head_parts(h0: int, h1: int, group: int) -> Iterator[tuple[slice, slice]]:
         yield slice(first * group, last * group), slice(first, last)
     if last * group < h1:
         yield slice(last * group, h1), slice(last, last + 1)
+
+
+def head_windows(heads: int, key_heads: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts all heads into (query heads, key heads) windows of at most `limit` >= 1 key heads."""
+    group = heads // key_heads
+    for start in range(0, key_heads, limit):
+        stop = min(start + limit, key_heads)
+        yield slice(start * group, stop * group), slice(start, stop)

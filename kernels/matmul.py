@@ -61,6 +61,17 @@ def _unstack(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(x.shape[0], heads, -1, x.shape[-1]).transpose(1, 2)
 
 
+def _key_product(weight: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """weight' x for every query head, then summed over each group: (B, keys, key heads, X).
+
+    One product over the stacked rows of a group would add up more numbers in one go, which costs
+    float32 accuracy.
+    """
+    group = heads // weight.shape[1]
+    weight, x = (t.unflatten(2, (group, -1)) for t in (weight, x))
+    return (weight.transpose(-1, -2) @ x).sum(2).transpose(1, 2)
+
+
 def _scores(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,7 +95,9 @@ def _parts(
     for tile in tiles:
         for heads, key_heads in head_parts(tile.h0, tile.h1, group):
             count = q.shape[0] * (heads.stop - heads.start)
-            rows_at_once = max(1, min(QUERY_BLOCK, SCORES // (count * min(KEY_BLOCK, tile.keys))))
+            rows_at_once = max(
+                1, min(QUERY_BLOCK, SCORES // (max(count, 1) * min(KEY_BLOCK, tile.keys)))
+            )
             for block in _blocks(tile, rows_at_once, q.device):
                 yield heads, key_heads, block
 
@@ -168,9 +181,9 @@ class MatmulKernel:
             row_delta = _stack(delta.unsqueeze(-1), block.q, heads, n_key)
             score, squashed = _scores(qb, kb, block.mask, scale, softcap)
             prob = score.sub_(row_lse).exp_()
-            dv[:, block.k, key_heads] += (prob.transpose(-1, -2) @ gb).transpose(1, 2)
+            dv[:, block.k, key_heads] += _key_product(prob, gb, n_heads)
             dscore = (gb @ vb.transpose(-1, -2)).sub_(row_delta).mul_(prob).mul_(scale)
             if squashed is not None:
                 dscore.mul_(1 - squashed.square())
             dq[:, block.q, heads] += _unstack(dscore @ kb, n_heads)
-            dk[:, block.k, key_heads] += (dscore.transpose(-1, -2) @ qb).transpose(1, 2)
+            dk[:, block.k, key_heads] += _key_product(dscore, qb, n_heads)

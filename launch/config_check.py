@@ -44,7 +44,11 @@ def check_config(config: Config) -> None:
             raise UserError(f"{key}={value}", f"must be at least {least:g}", f"set {key}={least:g}")
     for key in _MORE_THAN_ZERO:
         if not 0 < values[key] <= _LARGEST:
-            raise UserError(f"{key}={values[key]}", "must be positive and finite", f"raise {key}")
+            raise UserError(
+                f"{key}={values[key]}",
+                "must be positive and finite",
+                "set it above 0",
+            )
     _check_schedule(config)
     _check_profile(config)
     _check_run_dir(config.run.dir)

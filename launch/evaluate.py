@@ -1,5 +1,8 @@
 """Loss on the held-out split."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -9,6 +12,24 @@ from ringattn.launch.feed import open_loader, take_share
 from ringattn.launch.metrics import EvalMetrics
 from ringattn.launch.packing import IGNORE, Batches, PackedDataset
 from ringattn.parallel.mesh import TrainMesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spread(Batches):
+    """`packs` of `total` packs at equal distances, dp of them per step.
+
+    The last step may be short of packs; it is filled up with the pack after the split's end, whose
+    labels do not count, so that every rank takes part in every step.
+    """
+
+    packs: int
+    total: int
+
+    def indices(self, step: int) -> np.ndarray:
+        """Pack indices of `step`, int64 (1, dp, 1)."""
+        number = self.position(step) + np.arange(self.dp, dtype=np.int64)
+        packs = np.where(number < self.packs, number * self.total // self.packs, self.total)
+        return packs.reshape(1, self.dp, 1)
 
 
 @torch.no_grad()
@@ -22,7 +43,7 @@ def evaluate(
     step: int,
     packs: int,
 ) -> EvalMetrics:
-    """Mean loss over the first `packs` held-out packs (all, if there are fewer).
+    """Mean loss over `packs` held-out packs, spread evenly over the split (all, if fewer).
 
     The result does not depend on dp or cp. Every rank calls it; all get the same numbers.
 
@@ -37,13 +58,11 @@ def evaluate(
     """
     packs = min(packs, heldout.packs)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    batches = _Spread(dp=mesh.dp, packs=packs, total=heldout.packs)
     rounds = range(-(-packs // mesh.dp))
-    with open_loader(heldout, Batches(dp=mesh.dp), cp, mesh.dp_rank, rounds) as loader:
+    with open_loader(heldout, batches, cp, mesh.dp_rank, rounds) as loader:
         for batch in loader:
             for micro in batch.micro:
-                if micro.indices[0] >= packs:
-                    # The last round may be short of packs: this rank takes part without counting.
-                    micro.labels[:] = IGNORE
                 share = take_share(micro, device)
                 loss = engine.loss_sum(
                     share.tokens_BT, share.labels_BT, share.positions_T, share.attend

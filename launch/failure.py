@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from ringattn.errors import UserError
 
-EXIT_FAULT, EXIT_USER_ERROR = 1, 2
-_CLAIM = "ringattn/failed"
+EXIT_FAULT, EXIT_USER_ERROR, EXIT_INTERRUPT = 1, 2, 128 + signal.SIGINT
+_FIRST = "ringattn/first failure"
 
 
 def report_line(text: str) -> None:
@@ -27,45 +27,63 @@ def run_reporting(
     body: Callable[[], None],
     *,
     rank: int | None = None,
-    claim: Callable[[], bool] = lambda: True,
+    claim: Callable[[int], int | None] = lambda code: None,
 ) -> int:
     """Runs `body` and turns whatever it raises into a report and an exit code.
 
     Args:
         body: the work.
         rank: named in reports of faults; None for a process that is no rank.
-        claim: whether this process is the one to report; see `claim_report`.
+        claim: asks to report a failure with the given exit code; returns None when this process is
+            the one to report, else the exit code to take over; see `claim_failure`.
 
     Returns:
-        0; 2 after a `UserError`; 130 after an interrupt; 1 after anything else.
+        0; 2 after a `UserError`; 130 after an interrupt; 1 after anything else; another rank's
+        code when that one failed first.
     """
     try:
         body()
     except UserError as error:
-        if claim():
-            report_line(" ".join(str(error).split()))
-        return EXIT_USER_ERROR
+        code, report = EXIT_USER_ERROR, lambda e=error: report_line(" ".join(str(e).split()))
     except KeyboardInterrupt:
-        if claim():
-            report_line("stopped by SIGINT")
-        return 128 + signal.SIGINT
+        code, report = EXIT_INTERRUPT, lambda: report_line("stopped by SIGINT")
     except BrokenPipeError:
-        return EXIT_FAULT
+        code, report = EXIT_FAULT, lambda: None
     except Exception as error:
-        if claim():
-            traceback.print_exception(error)
-            where = "" if rank is None else f"rank {rank}: "
-            first = (str(error).splitlines() or [""])[0]
-            report_line(f"{where}{type(error).__name__}: {first}")
-        return EXIT_FAULT
-    return 0
+        code, report = EXIT_FAULT, lambda e=error: _report_fault(e, rank)
+    else:
+        return 0
+    taken = claim(code)
+    if taken is not None:
+        return taken
+    report()
+    return code
 
 
-def claim_report(store: dist.Store | None) -> bool:
-    """Whether this rank is the first of the job to report a failure. True when nobody can tell."""
+def claim_failure(store: dist.Store | None, rank: int, code: int) -> int | None:
+    """Asks to be the rank that reports the job's failure; see `run_reporting`.
+
+    Args:
+        store: shared by the job's ranks; None or unreachable lets every rank report.
+        rank: of this process.
+        code: exit code of its failure.
+
+    Returns:
+        None when this rank is the first; else the exit code of the rank that was.
+    """
     if store is None:
-        return True
+        return None
+    mine = f"{rank} {code}"
     try:
-        return store.add(_CLAIM, 1) == 1
+        first = store.compare_set(_FIRST, "", mine).decode()
     except RuntimeError:
-        return True
+        return None
+    return None if first == mine else int(first.split()[1])
+
+
+def _report_fault(error: Exception, rank: int | None) -> None:
+    traceback.print_exception(error)
+    where = [] if rank is None else [f"rank {rank}"]
+    where += getattr(error, "__notes__", [])
+    first = (str(error).splitlines() or [""])[0]
+    report_line(": ".join([*where, type(error).__name__, first]))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from ringattn.launch.checkpoint import (
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
-from ringattn.launch.failure import report_line
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -167,9 +167,11 @@ def prepare_corpus(config: Config) -> None:
     data = config.data
     if data.source is None or (Path(data.path) / "meta.json").is_file():
         return
-    report_line(f"preparing {data.path} from {data.source}")
+    print(f"preparing {data.path} from {data.source}", file=sys.stderr, flush=True)
     meta, _ = prepare_if_missing(data.source, data.path, tokenizer=data.tokenizer)
-    report_line(
+    print(
         f"prepared {data.path}: {meta.documents('train'):,} documents, "
-        f"{meta.tokens('train'):,} tokens, {meta.tokens('heldout'):,} held out"
+        f"{meta.tokens('train'):,} tokens, {meta.tokens('heldout'):,} held out",
+        file=sys.stderr,
+        flush=True,
     )

@@ -6,6 +6,7 @@ ringattn sample RUN --prompt TEXT
 """
 
 import argparse
+import importlib.resources
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,9 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     train = commands.add_parser("train", help="train a model")
-    train.add_argument("config", metavar="CONFIG", help="YAML file; see the configs folder")
+    train.add_argument(
+        "config", metavar="CONFIG", help="YAML file, or the name of a shipped one: demo, debug"
+    )
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.cp=2"
     )
@@ -123,12 +126,19 @@ def _train(arguments: argparse.Namespace) -> int:
     from ringattn.launch.config_load import dump_config, load_config
     from ringattn.launch.train import check_before_start, train
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(_find_config(arguments.config), arguments.overrides)
     if arguments.dry_run:
         check_before_start(config)
         print(dump_config(config), end="")
         return 0
     return train(config)
+
+
+def _find_config(text: str) -> Path:
+    """The file `text`, or the shipped configuration of that name, such as "demo"."""
+    shipped = Path(str(importlib.resources.files("ringattn.configs"))) / f"{text}.yaml"
+    given = Path(text)
+    return shipped if not given.exists() and given.name == text and shipped.is_file() else given
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -4,9 +4,11 @@ The documents of a split are shuffled by (seed, epoch) and laid end to end, epoc
 one endless stream. Pack i is the stream's tokens [i * seq_len, (i + 1) * seq_len). So what a pack
 holds depends on (seed, i) alone, and every token appears exactly once per epoch. A document cut at
 the end of a pack goes on in the next one as a segment of its own.
+
+With `max_document`, longer documents are first cut into pieces of that many tokens, which are
+shuffled like documents. A token still has the label it has in the whole document.
 """
 
-from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +38,8 @@ class Pack:
 
     Attributes:
         tokens: int64 (seq_len,).
-        labels: int64 (seq_len,): the next token of the same document, or `IGNORE`. Shifted on the
-            whole stream, so the last position is labelled by the first token of the next pack.
+        labels: int64 (seq_len,): the next token of the same document, or `IGNORE` at its end.
+            Taken from the document, so the last token of a segment that was cut has a label too.
         lengths: document segment lengths in order; their sum is seq_len.
     """
 
@@ -47,9 +49,36 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class _Pieces:
+    """What is shuffled: the split's documents, or pieces of them, in stored order."""
+
+    shard: np.ndarray  # number of the shard
+    start: np.ndarray  # first token in it
+    length: np.ndarray
+    ends_document: np.ndarray  # bool: the piece is its document's last
+
+    @classmethod
+    def cut(cls, offsets: list[np.ndarray], most: int | None) -> "_Pieces":
+        """Pieces of at most `most` tokens of the documents at `offsets` of each shard."""
+        start = np.concatenate([part[:-1] for part in offsets])
+        stop = np.concatenate([part[1:] for part in offsets])
+        shard = np.repeat(np.arange(len(offsets)), [len(part) - 1 for part in offsets])
+        if most is None:
+            return cls(shard, start, stop - start, np.ones(len(start), bool))
+        count = -(-(stop - start) // most)
+        first = np.cumsum(count) - count
+        within = np.arange(count.sum()) - np.repeat(first, count)
+        begin = np.repeat(start, count) + most * within
+        end = np.repeat(stop, count)
+        length = np.minimum(end - begin, most)
+        return cls(np.repeat(shard, count), begin, length, begin + length == end)
+
+
+@dataclass(frozen=True)
 class _Epoch:
-    order: np.ndarray  # document number at each place of the epoch
+    order: np.ndarray  # piece number at each place of the epoch
     ends: np.ndarray  # int64, stream position after each of them, counted from the epoch's start
+    documents: np.ndarray  # int64 (places + 1,), documents ended before each place
 
 
 class PackedDataset:
@@ -64,6 +93,8 @@ class PackedDataset:
         split: "train" or "heldout".
         seq_len: tokens of a pack.
         seed: of the shuffle; the held-out split does not use it.
+        max_document: documents are cut into pieces of at most this many tokens; None keeps them
+            whole. Shorter pieces mix more documents into a pack, and limit the context.
 
     Attributes:
         meta: the corpus's `CorpusMeta`.
@@ -77,11 +108,25 @@ class PackedDataset:
             < 1. Checksums are not compared here; `check_corpus` does that.
     """
 
-    def __init__(self, path: str | Path, split: str, seq_len: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        seq_len: int,
+        seed: int = 0,
+        *,
+        max_document: int | None = None,
+    ) -> None:
         if split not in SPLITS:
             raise UserError(f"split={split!r}", "is no split", f"use one of {', '.join(SPLITS)}")
         if seq_len < 1:
             raise UserError(f"data.seq_len={seq_len}", "must be positive", "use 1 or more")
+        if max_document is not None and max_document < 2:
+            raise UserError(
+                f"data.max_document={max_document}",
+                "must be at least 2 tokens, or null for whole documents",
+                "use 2048",
+            )
         if seed < 0:
             raise UserError(f"seed={seed}", "must not be negative", "use 0 or more")
         self.path, self.split, self.seq_len, self.seed = Path(path), split, seq_len, seed
@@ -100,9 +145,7 @@ class PackedDataset:
                 "prepare it again from more documents or with another holdout share",
             )
         self.packs = -(-self.tokens // seq_len)
-        lengths = [np.diff(offsets) for offsets in self._offsets]
-        self._doc_lengths = np.concatenate(lengths)
-        self._first_doc = np.cumsum([0] + [len(part) for part in lengths]).tolist()
+        self._pieces = _Pieces.cut(self._offsets, max_document)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def pack(self, index: int) -> Pack:
@@ -112,23 +155,21 @@ class PackedDataset:
             UserError: a token id outside the vocabulary, naming file and document.
         """
         begin = index * self.seq_len
-        tokens = np.empty(self.seq_len + 1, np.int64)  # one more, for the last label
+        tokens = np.empty(self.seq_len, np.int64)
+        labels = np.empty(self.seq_len, np.int64)
         lengths: list[int] = []
-        last: list[int] = []  # places of the documents' last tokens
         filled = 0
-        while filled <= self.seq_len:
-            ids, left = self._document_at(begin + filled, self.seq_len + 1 - filled)
-            if filled < self.seq_len:
-                lengths.append(min(len(ids), self.seq_len - filled))
-            tokens[filled : filled + len(ids)] = ids
-            filled += len(ids)
-            if len(ids) == left and filled <= self.seq_len:
-                last.append(filled - 1)
-        labels = tokens[1:].copy()
-        labels[last] = IGNORE
+        while filled < self.seq_len:
+            ids, following = self._segment(begin + filled, self.seq_len - filled)
+            end = filled + len(ids)
+            tokens[filled:end] = ids
+            labels[filled : end - 1] = ids[1:]
+            labels[end - 1] = following
+            lengths.append(len(ids))
+            filled = end
         if self.split == "heldout":
             labels[max(0, self.tokens - begin) :] = IGNORE
-        return Pack(tokens[:-1], labels, lengths)
+        return Pack(tokens, labels, lengths)
 
     def valid_tokens(self, index: int) -> int:
         """Labels of the pack at `index` that are not `IGNORE`, without reading its tokens."""
@@ -139,34 +180,39 @@ class PackedDataset:
         while begin < end:  # less one for each document whose last token lies in the pack
             number, at = divmod(begin, self.tokens)
             upto = min(self.tokens, at + end - begin)
-            ends = self._epoch(number).ends
-            valid -= int(np.searchsorted(ends, upto, "right") - np.searchsorted(ends, at, "right"))
+            epoch = self._epoch(number)
+            places = np.searchsorted(epoch.ends, (at, upto), side="right")
+            valid -= int(np.diff(epoch.documents[places])[0])
             begin += upto - at
         return valid
 
-    def _document_at(self, position: int, most: int) -> tuple[np.ndarray, int]:
-        """Up to `most` tokens of the document at a stream position, and how many it has left."""
+    def _segment(self, position: int, most: int) -> tuple[np.ndarray, int]:
+        """Up to `most` tokens of the piece at a stream position, and the label of the last."""
         number, at = divmod(position, self.tokens)
         epoch = self._epoch(number)
         place = int(np.searchsorted(epoch.ends, at, side="right"))
-        document, left = int(epoch.order[place]), int(epoch.ends[place]) - at
-        shard = bisect_right(self._first_doc, document) - 1
-        offsets = self._offsets[shard]
-        stop = int(offsets[document - self._first_doc[shard] + 1])
-        start = stop - left
-        ids = self._maps[shard][start : min(stop, start + most)]
+        piece = int(epoch.order[place])
+        left = int(epoch.ends[place]) - at
+        shard = int(self._pieces.shard[piece])
+        stop = int(self._pieces.start[piece] + self._pieces.length[piece])
+        start, end = stop - left, min(stop, stop - left + most)
+        whole = end == stop and bool(self._pieces.ends_document[piece])
+        ids = self._maps[shard][start : end if whole else end + 1]
         path = shard_paths(self.path, self._shards[shard].name)[0]
-        check_ids(ids, start, offsets, path, self.vocab_size)
-        return ids, left
+        check_ids(ids, start, self._offsets[shard], path, self.vocab_size)
+        return (ids, IGNORE) if whole else (ids[:-1], int(ids[-1]))
 
     def _epoch(self, number: int) -> _Epoch:
         if self.split == "heldout":
             number = 0
         if number not in self._epochs:
-            order = np.arange(len(self._doc_lengths))
+            order = np.arange(len(self._pieces.length))
             if self.split == "train":
                 np.random.Generator(np.random.PCG64([self.seed, number])).shuffle(order)
-            self._epochs[number] = _Epoch(order, np.cumsum(self._doc_lengths[order]))
+            documents = np.cumsum(self._pieces.ends_document[order])
+            self._epochs[number] = _Epoch(
+                order, np.cumsum(self._pieces.length[order]), np.concatenate([[0], documents])
+            )
             while len(self._epochs) > _EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
         return self._epochs[number]

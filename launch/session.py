@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
-from ringattn.launch.ranks import Ranks
+from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def check_device(config: Config, local_world: int) -> str:
 
 def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
     """The key-value store that the job's ranks share. Waits for the rank that hosts it."""
-    if ranks.launcher == "ringattn":
+    if ranks.launcher == LOCAL_LAUNCHER:
         return dist.HashStore()
     handler = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     return cast(dist.Store, next(cast(Iterator[Any], handler))[0])

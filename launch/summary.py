@@ -41,20 +41,19 @@ def write_summary(job: Job, model: Transformer, evaluation: EvalMetrics | None) 
         f"  {name:<16}{v:8.4f} nats {v / math.log(2):8.4f} bits" for name, v in losses.items()
     ]
     lines += _sample_lines(prompt, text)
-    lines.append(f"written to {folder}")
-    for name, what in _CONTENTS:
-        if (folder / name).exists():
-            lines.append(f"  {name:<16}{what}")
-    saved = find_checkpoints(folder)
-    if saved:
-        lines.append(f"  {'checkpoints/':<16}newest {saved[-1].name}")
-    print("\n".join(lines), flush=True)
     summary = {
         "step": job.config.train.steps,
         "nats": losses,
         "sample": {"prompt": prompt, "text": text},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    lines.append(f"written to {folder}")
+    for name, what in _CONTENTS:
+        if (folder / name).exists():
+            lines.append(f"  {name:<16}{what}")
+    if saved := find_checkpoints(folder):
+        lines.append(f"  {'checkpoints':<16}newest {saved[-1].name}")
+    print("\n".join(lines), flush=True)
 
 
 _CONTENTS = (
@@ -62,6 +61,7 @@ _CONTENTS = (
     ("metrics.jsonl", "one object per step"),
     ("eval.jsonl", "one object per evaluation"),
     ("loss.png", "the loss curve"),
+    ("summary.json", "what is printed here"),
     ("tensorboard", "the same for TensorBoard"),
     ("profile", "traces, one per rank"),
 )

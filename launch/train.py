@@ -5,11 +5,12 @@ import signal
 import sys
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, check_world
-from ringattn.launch.failure import claim_report, run_reporting
+from ringattn.launch.failure import claim_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
 from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
 from ringattn.launch.session import open_session, open_store
@@ -44,6 +45,14 @@ def check_before_start(config: Config) -> None:
     check_config(config)
     prepare_corpus(config)
     open_job(config, local_world=config.world)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.run.device == "auto" and 0 < gpus < config.world:
+        print(
+            f"{gpus} GPU(s) for {config.world} ranks: training on the CPU "
+            f"(every rank needs its own; parallel.cp=1 parallel.dp=1 would use a GPU)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def local_rank(config: Config) -> None:
@@ -60,8 +69,11 @@ def _run_rank(config: Config, ranks: Ranks) -> int:
     timeout = timedelta(seconds=config.run.timeout_s)
     stores: list[dist.Store] = []
 
-    def claim() -> bool:
-        return claim_report(stores[0]) if stores else ranks.rank == 0
+    def claim(code: int) -> int | None:
+        if not stores:
+            # Until ranks can talk, all of them make the same checks: the first one reports.
+            return None if ranks.rank == 0 else code
+        return claim_failure(stores[0], ranks.rank, code)
 
     def body() -> None:
         check_config(config)

@@ -1,7 +1,10 @@
 """The training loop of one rank."""
 
 import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
+from ringattn.errors import UserError
 from ringattn.launch.checkpoint import (
     FORMAT_VERSION,
     CheckpointState,
@@ -75,13 +79,14 @@ class Trainer:
             with loader, StepProfiler(train.profile_steps, trace) as profiler:
                 began = time.perf_counter()
                 for batch in loader:
-                    profiler.before(batch.step)
-                    metrics = self._train_step(batch, began)
-                    profiler.after(batch.step)
-                    last_eval = self._after_step(metrics)
+                    with _naming_step(batch.step + 1):
+                        profiler.before(batch.step)
+                        metrics = self._train_step(batch, began)
+                        profiler.after(batch.step)
+                        last_eval = self._after_step(metrics)
                     began = time.perf_counter()
-            if last_eval is None:
-                last_eval = self._evaluate(train.steps)
+            if self.start == train.steps:
+                last_eval = self._evaluate(train.steps, record=False)
         finally:
             for part in (self._progress, self._writer):
                 if part is not None:
@@ -109,6 +114,13 @@ class Trainer:
         norm = self.engine.step(rate)
         dist.all_reduce(sums, group=self.mesh.world)
         loss_sum, area = sums.tolist()
+        if not math.isfinite(loss_sum):
+            # Every rank sees the same sum. Nothing is saved after this step.
+            raise UserError(
+                f"loss={loss_sum}",
+                f"step {batch.step + 1} must have a finite loss",
+                "lower train.lr and resume from the last checkpoint",
+            )
         step_s = time.perf_counter() - began
         tokens = self.config.packs_per_step * self.config.data.seq_len
         mfu = None
@@ -141,7 +153,8 @@ class Trainer:
             self._save(step)
         return result
 
-    def _evaluate(self, step: int) -> EvalMetrics | None:
+    def _evaluate(self, step: int, *, record: bool = True) -> EvalMetrics | None:
+        """Held-out loss, recorded unless an earlier process did; None without a held-out split."""
         if self.job.heldout is None:
             return None
         result = evaluate(
@@ -153,7 +166,7 @@ class Trainer:
             step=step,
             packs=self.config.train.eval_packs,
         )
-        if self._writer is not None and self._progress is not None:
+        if record and self._writer is not None and self._progress is not None:
             self._writer.write_eval(result)
             self._progress.note(f"step {step}  held-out loss {result.loss:.4f}")
         return result
@@ -186,3 +199,13 @@ class Trainer:
         load_tensors(path, {**self.engine.tensors(), _RNG: rng})
         torch.set_rng_state(rng)
         return state.step, state.position
+
+
+@contextmanager
+def _naming_step(step: int) -> Iterator[None]:
+    """Notes on a fault in which step it happened; the report prints notes."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"step {step}")
+        raise

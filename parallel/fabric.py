@@ -92,6 +92,7 @@ class ProcessGroupFabric:
             group = dist.new_group(
                 ranks, timeout=self.timeout, backend="nccl", use_local_synchronization=True
             )
+            assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=self.device), group=group)
             self._groups[channel] = group
 
@@ -102,7 +103,9 @@ class ProcessGroupFabric:
         device = self.device if self._batched else torch.device("cpu")
         mine = torch.tensor([number], dtype=torch.int64, device=device)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self.group)
+        work = dist.all_gather(parts, mine, group=self.group, async_op=True)
+        assert work is not None
+        _Works([work], [mine, *parts], None if self._batched else self.timeout).wait()
         values = torch.cat(parts).tolist()
         return [rank for rank, value in enumerate(values) if value != values[0]]
 

@@ -3,7 +3,7 @@
 from ringattn import layouts, masks
 from ringattn.context import ContextParallel
 from ringattn.errors import CommunicationError, PlanError, UserError
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import attention
 from ringattn.plan import Plan

@@ -9,15 +9,34 @@ import math
 
 import numpy as np
 
+from ringattn.errors import UserError
+
 OPEN = 1 << 40
 Column = int | np.ndarray  # a table column, or one value for all rows
 BAND_FIELDS = ("q0", "q1", "k0", "k1", "lo", "hi", "step")
 BAND = np.dtype([(name, np.int64) for name in BAND_FIELDS])
 
 
+def integer_rows(rows, width: int, columns: str) -> np.ndarray:
+    """Rows of `width` integers as an int64 table. Raises UserError for anything else."""
+    try:
+        values = np.asarray(rows)
+    except ValueError:  # rows of different lengths
+        values = np.empty(0, dtype=object)
+    if values.size == 0 and values.dtype != object:
+        return np.empty((0, width), dtype=np.int64)
+    if values.dtype.kind not in "iu" or values.ndim != 2 or values.shape[1] != width:
+        raise UserError(
+            f"rows={str(rows)[:60]}",
+            f"must be rows of {width} integers {columns}",
+            "pass such rows",
+        )
+    return values.astype(np.int64)
+
+
 def make_bands(rows) -> np.ndarray:
     """Builds a band table from an (n, 7) sequence of (q0, q1, k0, k1, lo, hi, step)."""
-    values = np.asarray(rows, dtype=np.int64).reshape(-1, 7)
+    values = integer_rows(rows, 7, "(q0, q1, k0, k1, lo, hi, step)")
     bands = np.empty(len(values), dtype=BAND)
     for column, name in enumerate(BAND_FIELDS):
         bands[name] = values[:, column]

@@ -1,13 +1,15 @@
 """Checks of what a caller passes: one line each, before any work starts."""
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn import layouts, methods
+from ringattn import choice, layouts, methods
 from ringattn.errors import UserError
 from ringattn.kernels.select import kernel_names
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
+from ringattn.masks import Mask
 from ringattn.schedule import Shapes, Wire
 
 if TYPE_CHECKING:
@@ -17,26 +19,30 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
+def _are_counts(*values: object) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+
+
 def head_counts(heads: tuple[int, int]) -> tuple[int, int]:
     """(Hq, Hkv), checked."""
     pair = tuple(heads) if isinstance(heads, tuple | list) else (heads, heads)
-    if len(pair) != 2 or min(pair) < 1 or pair[0] % pair[1]:
+    if len(pair) != 2 or not _are_counts(*pair) or pair[0] % pair[1]:
         raise UserError(
             f"heads={heads!r}",
             "must be (query heads, key heads) with query heads a multiple of key heads",
             "pass e.g. heads=(32, 8)",
         )
-    return int(pair[0]), int(pair[1])
+    return pair[0], pair[1]
 
 
 def head_dims(head_dim: int | tuple[int, int]) -> tuple[int, int]:
     """(D of queries and keys, D of values), checked."""
     pair = tuple(head_dim) if isinstance(head_dim, tuple | list) else (head_dim, head_dim)
-    if len(pair) != 2 or min(pair) < 1 or max(pair) > MAX_HEAD_DIM:
+    if len(pair) != 2 or not _are_counts(*pair) or max(pair) > MAX_HEAD_DIM:
         raise UserError(
             f"head_dim={head_dim!r}", f"must be 1 to {MAX_HEAD_DIM}", "pass D or (D_qk, D_v)"
         )
-    return int(pair[0]), int(pair[1])
+    return pair[0], pair[1]
 
 
 def shapes(heads: tuple[int, int], head_dim: tuple[int, int], dtype: torch.dtype | None) -> Shapes:
@@ -74,7 +80,7 @@ def names(method: str, layout: str | Layout, kernel: str, cluster: str | None) -
     """Known method, layout and kernel names."""
     if method != "auto":
         methods.by_name(method)
-    if isinstance(layout, str) and layout != "auto" and layout not in layouts.NAMES:
+    if not isinstance(layout, Layout) and layout not in (*layouts.NAMES, "auto"):
         raise UserError(
             f"layout={layout!r}", f"must be one of {', '.join(layouts.NAMES)}, auto", "pick one"
         )
@@ -90,6 +96,47 @@ def names(method: str, layout: str | Layout, kernel: str, cluster: str | None) -
         )
 
 
+def counts(**values: int | None) -> None:
+    """Settings that count something: positive integers, or None for the default."""
+    for name, value in values.items():
+        if value is not None and not _are_counts(value):
+            raise UserError(
+                f"{name}={value!r}",
+                "must be a positive integer",
+                f"pass {name} >= 1 or leave it out",
+            )
+
+
+def options(given: dict[str, int], method: str) -> None:
+    """Settings of the method: known to it, positive integers."""
+    made = choice.AUTO_METHODS if method == "auto" else (method,)
+    known = sorted({name for m in made for name in methods.by_name(m).options})
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"options={given!r}",
+                f"method {method!r} has {'the options ' + ', '.join(known) if known else 'none'}",
+                f"drop {name!r} or choose the method it belongs to",
+            )
+    counts(**given)
+
+
+def is_duration(timeout: object) -> None:
+    """A timeout is a timedelta or None."""
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise UserError(
+            f"timeout={timeout!r}", "must be a timedelta", "pass e.g. timedelta(seconds=60)"
+        )
+
+
+def is_mask(mask: object) -> None:
+    """What is planned for is a mask."""
+    if not isinstance(mask, Mask):
+        raise UserError(
+            f"mask={mask!r}", "must be a ringattn.Mask", "build one with ringattn.masks"
+        )
+
+
 def layout_world(layout: str | Layout, world: int) -> None:
     """A given layout is for as many ranks as the group has."""
     if isinstance(layout, Layout) and layout.world != world:
@@ -98,6 +145,12 @@ def layout_world(layout: str | Layout, world: int) -> None:
             f"the group has {world} ranks",
             "build the layout for the group's size",
         )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises UserError unless the cap is None or positive."""
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"softcap={softcap}", "must be positive", "pass None for no cap")
 
 
 def check_tensors(

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn import checks, choice
 from ringattn.errors import UserError
 from ringattn.executor import Arena
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.parallel.fabric import Fabric, ProcessGroupFabric
@@ -72,6 +72,9 @@ class ContextParallel:
         self.wire = checks.wire(wire_dtype, dtype)
         checks.names(method, layout, kernel, cluster)
         checks.layout_world(layout, self.world)
+        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit)
+        checks.options(self.options, method)
+        checks.is_duration(timeout)
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
@@ -107,6 +110,7 @@ class ContextParallel:
         Raises:
             UserError: the layout does not fit the mask, or the plan needs more than `memory_limit`.
         """
+        checks.is_mask(mask)
         with self._lock:
             found = self._plans.get(mask.key)
             if found is not None:
@@ -121,7 +125,7 @@ class ContextParallel:
 
     def _build(self, mask: Mask) -> Plan:
         layout, method, schedules = choice.choose(
-            mask, self.world, self.layout, self.method, self._problem
+            mask, self.world, self.ranks_per_node, self.layout, self.method, self._problem
         )
         plan = Plan(self, mask, layout, method, schedules)
         if self.memory_limit is not None:

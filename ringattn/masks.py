@@ -93,7 +93,10 @@ def _at_least_zero(**values: int) -> None:
 
 def _offsets(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
     """Start and stop of each document and the total length."""
-    array = np.asarray(lengths)
+    try:
+        array = np.asarray(lengths)
+    except ValueError:  # ragged
+        array = np.empty(0)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or (array < 1).any():
         raise UserError(
             f"lengths={_brief(lengths)}",
@@ -292,16 +295,18 @@ def prefix_tree(lengths: Sequence[int], parents: Sequence[int]) -> Mask:
         parents: index of each segment's parent, which comes before it; -1 for a root.
     """
     start, stop, total = _offsets(lengths)
-    if len(parents) != len(start) or any(not -1 <= p < i for i, p in enumerate(parents)):
+    valid = len(parents) == len(start) and all(
+        isinstance(p, int | np.integer) and -1 <= p < i for i, p in enumerate(parents)
+    )
+    if not valid:
         raise UserError(
             f"parents={_brief(parents)}",
             "must name for each segment an earlier segment, or -1 for a root",
             "order segments so that parents come before their children",
         )
     chains: list[list[int]] = []
-    for index, parent in enumerate(parents):
+    for parent in parents:
         chains.append(([*chains[parent], parent]) if parent >= 0 else [])
-        del index
     child = np.repeat(np.arange(len(start)), [len(c) for c in chains])
     ancestor = np.array([a for chain in chains for a in chain], dtype=np.int64)
     own = band_columns(start, stop, start, stop, hi=0)

@@ -21,15 +21,15 @@ def neighborhood_bands(
     shape: Sequence[int], window, dilation, stride, causal, tile: Sequence[int] | None
 ) -> tuple[int, np.ndarray]:
     """Returns (S, band table). Arguments as in `ringattn.masks.neighborhood`."""
-    extents = tuple(int(n) for n in shape)
+    extents = tuple(shape) if isinstance(shape, Sequence) else ()
     rank = len(extents)
-    if not 1 <= rank <= 3 or min(extents) < 1:
+    if not 1 <= rank <= 3 or not all(isinstance(n, int | np.integer) and n >= 1 for n in extents):
         raise UserError(
             f"shape={shape}", "must be 1 to 3 positive extents", "pass e.g. (8, 64, 64)"
         )
     windows, dilations = _per_axis("window", window, rank), _per_axis("dilation", dilation, rank)
     strides = _per_axis("stride", stride, rank)
-    causals = tuple(bool(c) for c in (causal if isinstance(causal, Sequence) else (causal,) * rank))
+    causals = tuple(bool(c) for c in _per_axis("causal", causal, rank))
     for n, w, d, s in zip(extents, windows, dilations, strides, strict=True):
         if min(w, d, s) < 1 or w * d > n:
             raise UserError(
@@ -63,7 +63,7 @@ def axis_window(n: int, w: int, d: int, s: int, causal: bool) -> tuple[np.ndarra
 
 def _per_axis(name: str, value, rank: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(values) != rank or any(int(v) != v for v in values):
+    if len(values) != rank or not all(isinstance(v, int | np.integer) for v in values):
         raise UserError(f"{name}={value!r}", f"must be one integer or {rank}", "give one per axis")
     return tuple(int(v) for v in values)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ringattn.checks import check_softcap
 from ringattn.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def attention(
         UserError: shapes, dtype or device do not fit the plan.
         CommunicationError: a move failed or timed out; names rank, step and move.
     """
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap={softcap}", "must be positive", "pass None for no cap")
+    check_softcap(softcap)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     out, _ = _attention(q, k, v, sinks, plan.handle, scale, softcap or 0.0)
@@ -139,7 +139,9 @@ def _setup_context(ctx, inputs, output) -> None:
     out, lse = output
     ctx.save_for_backward(q, k, v, sinks, out, lse)
     ctx.handle, ctx.scale, ctx.softcap = handle, scale, softcap
-    ctx.plan = _PLANS.get(handle)  # keeps the plan alive until the backward has run
+    # Keeps the plan alive until the backward has run. A graph traced for any plan (its handle is
+    # symbolic) has no plan to keep: there the caller holds it.
+    ctx.plan = _PLANS.get(handle) if isinstance(handle, int) else None
 
 
 def _backward(ctx, dout, dlse):

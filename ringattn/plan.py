@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ringattn.checks import check_tensors
-from ringattn.errors import PlanError, UserError
+from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.kernels.select import choose_kernel, kernel_by_name
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import register
 from ringattn.parallel.fabric import Fabric
@@ -62,11 +62,13 @@ class Plan:
 
     def schedule(self, direction: Direction) -> Schedule:
         """The schedule of one direction."""
+        if direction not in ("forward", "backward"):
+            raise UserError(f"direction={direction!r}", "must be forward or backward", "pick one")
         return self.forward if direction == "forward" else self.backward
 
     def bytes(self, rank: int, direction: Direction) -> int:
         """Bytes that a rank receives in one direction, per batch element."""
-        return self.schedule(direction).bytes(rank)
+        return self.schedule(direction).bytes(self._rank(rank))
 
     def peak_bytes(self, rank: int) -> int:
         """Bytes beyond the shards that either direction needs on a rank, per batch element."""
@@ -74,8 +76,8 @@ class Plan:
 
     def positions(self, rank: int | None = None) -> torch.Tensor:
         """Global positions of a rank's tokens (this rank's by default), int64 (T,)."""
-        rank = self.context.rank if rank is None else rank
-        return torch.from_numpy(self.layout.positions(rank)).to(self.context.device)
+        mine = self.layout.positions(self._rank(rank))
+        return torch.from_numpy(mine).to(self.context.device)
 
     def shard(self, x: torch.Tensor, dim: int = 1, rank: int | None = None) -> torch.Tensor:
         """A rank's rows (this rank's by default) of a whole tensor along its token dim."""
@@ -85,7 +87,16 @@ class Plan:
                 f"the plan is for {self.mask.seq_len} tokens",
                 "shard the whole sequence, or pass the right dim",
             )
-        return take_shard(x, self.layout, self.context.rank if rank is None else rank, dim)
+        return take_shard(x, self.layout, self._rank(rank), dim)
+
+    def _rank(self, rank: int | None) -> int:
+        if rank is None:
+            return self.context.rank
+        if not 0 <= rank < self.world:
+            raise UserError(
+                f"rank={rank}", f"the plan has {self.world} ranks", f"pass 0 to {self.world - 1}"
+            )
+        return rank
 
     def unshard(self, local: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """The whole tensor on every rank, from each rank's rows; differentiable.
@@ -172,7 +183,12 @@ class Plan:
         return Run(program, fabric, context.arena, home, scale, softcap)
 
     def _agree(self, fabric: Fabric) -> None:
-        strangers = fabric.agree(self.digest)
+        try:
+            strangers = fabric.agree(self.digest)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"rank {fabric.rank}: comparing plans before step 0 did not complete: {error}"
+            ) from error
         if strangers:
             raise PlanError(
                 f"rank {fabric.rank}: ranks {strangers} hold another plan than rank 0; "

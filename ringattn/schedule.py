@@ -71,6 +71,7 @@ MOVE = np.dtype(
         "sh", "dh", "nheads", "op", "take", "dtype", "lane",
     )
 )  # fmt: skip
+_SLOTS = 1 << 20  # more than any slot number
 SLOT = np.dtype(_ints("rank", "channel", "slot", "rows", "heads"))
 
 
@@ -163,10 +164,12 @@ class Schedule:
 
     @cached_property
     def work(self) -> np.ndarray:
-        """Mask area that each rank computes in each step, int64 (P, nsteps)."""
-        table = np.zeros((self.world, max(self.nsteps, 1)), dtype=np.int64)
-        np.add.at(table, (self.tasks["rank"], self.tasks["step"]), self.tasks["area"])
-        return table
+        """Mask area that each rank computes in each step, averaged over the query heads:
+        a task of half of the heads counts half. float64 (P, nsteps)."""
+        table = np.zeros((self.world, max(self.nsteps, 1)))
+        heads = self.tasks["h1"] - self.tasks["h0"]
+        np.add.at(table, (self.tasks["rank"], self.tasks["step"]), self.tasks["area"] * heads)
+        return table / self.shapes.q_heads
 
     def peak_bytes(self, rank: int) -> int:
         """Bytes of slots beyond home and of messages in flight on a rank, per batch element."""
@@ -229,11 +232,12 @@ def derive_slots(
     columns = [np.concatenate([np.broadcast_to(u[c], u[0].shape) for u in uses]) for c in range(5)]
     rank, channel, slot, rows, heads = (c.astype(np.int64) for c in columns)
     keep = slot > 0
-    key = np.stack([rank, channel, slot], axis=1)[keep]
-    unique, inverse = np.unique(key, axis=0, return_inverse=True)
+    key = ((rank * len(Channel) + channel) * _SLOTS + slot)[keep]
+    unique, inverse = np.unique(key, return_inverse=True)
     table = np.zeros(len(unique), dtype=SLOT)
-    table["rank"], table["channel"], table["slot"] = unique.T
-    inverse = inverse.reshape(-1)
+    table["slot"] = unique % _SLOTS
+    table["channel"] = unique // _SLOTS % len(Channel)
+    table["rank"] = unique // _SLOTS // len(Channel)
     np.maximum.at(table["rows"], inverse, rows[keep])
     np.maximum.at(table["heads"], inverse, heads[keep])
     home_heads = np.array([shapes.heads(c) for c in Channel])

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 
 
 def take_shard(x: torch.Tensor, layout: Layout, rank: int, dim: int) -> torch.Tensor:
-    """The rows of a rank, copied from the whole tensor; ranges are sliced, never gathered."""
+    """The rows of a rank; ranges are sliced, never gathered. May share memory with `x`."""
     dim = dim % x.dim()
     mine = layout.ranges[layout.ranges["owner"] == rank]
     index = [slice(None)] * x.dim()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ringattn.checks import check_tensors
+from ringattn.checks import check_softcap, check_tensors
 from ringattn.errors import UserError
 from ringattn.executor import Arena, Run, Slots, backward_home, forward_home
 from ringattn.kernels.select import choose_kernel
@@ -46,7 +46,8 @@ def simulate(
         dout: (B, S, Hq, E); without it there is no backward.
         scale, softcap, sinks: as in `attention`.
     """
-    _check(plan, q, k, v)
+    _check(plan, q, k, v, sinks, dout)
+    check_softcap(softcap)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     ranks = range(plan.world)
@@ -106,11 +107,23 @@ def _lockstep(
     return runs, tuple(run.fabric.received_bytes for run in runs)
 
 
-def _check(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    dout: torch.Tensor | None,
+) -> None:
     if q.dim() != 4 or q.shape[1] != plan.mask.seq_len:
         raise UserError(
             f"q of shape {tuple(q.shape)}",
             f"must be (B, {plan.mask.seq_len}, Hq, D)",
             "pass the whole sequence",
         )
-    check_tensors(plan.context, plan.mask.seq_len, q, k, v, None)
+    check_tensors(plan.context, plan.mask.seq_len, q, k, v, sinks)
+    expected = (*q.shape[:3], v.shape[-1])
+    if dout is not None and tuple(dout.shape) != expected:
+        raise UserError(
+            f"dout of shape {tuple(dout.shape)}", f"must be {expected}", "pass the gradient of out"
+        )

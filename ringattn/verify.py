@@ -12,7 +12,7 @@ import numpy as np
 
 from ringattn.bands import ceil_div, expand_ranges
 from ringattn.errors import PlanError
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.plan import Plan
 from ringattn.schedule import Channel, Op, Schedule, bands_of

@@ -4,22 +4,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringattn.errors import UserError
-from ringattn.methods import direct, ring
+from ringattn.methods import (
+    all_gather,
+    burst,
+    direct,
+    double_ring,
+    hybrid,
+    loongtrain,
+    ring,
+    tile,
+    ulysses,
+    usp,
+)
 from ringattn.methods.common import Problem
 from ringattn.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Method:
-    """A plan generator: `forward(problem)` and `backward(problem)` return schedules."""
+    """A plan generator: `forward(problem)` and `backward(problem)` return schedules.
+
+    `options` names the settings of `Problem.options` that it reads.
+    """
 
     forward: Callable[[Problem], Schedule]
     backward: Callable[[Problem], Schedule]
+    options: tuple[str, ...] = ()
 
 
 METHODS = {
     "ring": Method(ring.forward, ring.backward),
-    "direct": Method(direct.forward, direct.backward),
+    "burst": Method(burst.forward, burst.backward),
+    "double_ring": Method(double_ring.forward, double_ring.backward),
+    "all_gather": Method(all_gather.forward, all_gather.backward),
+    "direct": Method(direct.forward, direct.backward, ("stages",)),
+    "tile": Method(tile.forward, tile.backward, ("tile_a",)),
+    "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
+    "usp": Method(usp.forward, usp.backward, ("u",)),
+    "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first")),
+    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages")),
 }
 
 

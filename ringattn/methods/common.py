@@ -7,7 +7,7 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import Column
-from ringattn.layouts import Layout
+from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.schedule import (
     MOVE,
@@ -23,6 +23,10 @@ from ringattn.schedule import (
     set_bands,
 )
 from ringattn.tiles import intersect
+
+NONE = 1 << 40  # no row: above every row number
+BLOCK = 128  # rows or keys that a kernel handles at once
+EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +74,18 @@ class Problem:
 
 
 def tasks_of(
-    problem: Problem,
-    pieces: np.ndarray,
-    rank: Column,
-    step: Column = 0,
-    kslot: Column = 0,
-    gslot: Column = 0,
+    problem: Problem, pieces: np.ndarray, rank: Column, step: Column = 0, **slots: Column
 ) -> np.ndarray:
-    """Tasks that compute these tiles for all heads; scalars are broadcast."""
+    """Tasks that compute these tiles for all heads; scalars are broadcast.
+
+    `slots` may give qslot, kslot, oslot and gslot; home (0) where it does not.
+    """
     tasks = np.zeros(len(pieces), dtype=TASK)
     set_bands(tasks, pieces)
     tasks["h1"] = problem.shapes.q_heads
-    tasks["rank"], tasks["step"], tasks["kslot"], tasks["gslot"] = rank, step, kslot, gslot
+    tasks["rank"], tasks["step"] = rank, step
+    for name, slot in slots.items():
+        tasks[name] = slot
     return tasks
 
 
@@ -101,6 +105,32 @@ def moves_of(problem: Problem, count: int, **columns) -> np.ndarray:
     moves["nheads"] = heads[moves["channel"]]
     moves["lane"] = problem.lanes(moves["src"], moves["dst"])
     return moves[moves["rows"] > 0]
+
+
+@dataclass(frozen=True)
+class Hulls:
+    """First and last + 1 row of block b that place p needs, (P, P); empty where low >= high."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows in each hull, 0 where nothing is needed."""
+        return np.maximum(self.high - self.low, 0)
+
+
+def hulls_of(
+    problem: Problem, block: np.ndarray, place: np.ndarray, keep: np.ndarray, rows: str
+) -> Hulls:
+    """Hulls of the rows ("q" or "k") of the kept pieces, by (block, place)."""
+    world = problem.world
+    low = np.full((world, world), NONE, dtype=np.int64)
+    high = np.zeros((world, world), dtype=np.int64)
+    where = (block[keep], place[keep])
+    np.minimum.at(low, where, problem.pieces[rows + "0"][keep])
+    np.maximum.at(high, where, problem.pieces[rows + "1"][keep])
+    return Hulls(low, high)
 
 
 def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
@@ -133,6 +163,8 @@ def cut_rows(tasks: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarr
         middle = (low + high) // 2
         less = band_ops.area(_rows_below(bands, middle)) < goal
         low, high = np.where(less, middle, low), np.where(less, high, middle)
+    # Kernels like tiles cut at multiples of their block.
+    high = np.where(rows >= 4 * BLOCK, np.maximum(high // BLOCK, 1) * BLOCK, high)
     above = bands.copy()
     above["q0"] += high * bands["step"]
     return _with_bands(tasks, _rows_below(bands, high)), _with_bands(tasks, above)
@@ -151,11 +183,15 @@ def _with_bands(tasks: np.ndarray, bands: np.ndarray) -> np.ndarray:
     return part
 
 
+def _spans(tasks: np.ndarray, axis: str) -> np.ndarray:
+    return band_ops.ceil_div(tasks[axis + "1"] - tasks[axis + "0"], tasks["stride"])
+
+
 def finish(
     problem: Problem, direction: Direction, method: str, tasks: np.ndarray, moves: np.ndarray
 ) -> Schedule:
     """Orders the tables, drops empty steps, sizes the slots, and seals the schedule."""
-    tasks["cost"] = tasks["area"]
+    tasks["cost"] = tasks["area"] + EDGE * (_spans(tasks, "q") + _spans(tasks, "k"))
     nsteps = compact(tasks, moves)
     tasks = tasks[np.lexsort((tasks["q0"], tasks["kslot"], tasks["rank"], tasks["step"]))]
     order = ("s0", "sslot", "channel", "dst", "src", "land", "post")

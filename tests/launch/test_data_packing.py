@@ -18,31 +18,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_corpus(tmp_path_factory.mktemp("packing"))
 
 
-def naive_stream(dataset: PackedDataset, documents: list[list[int]], length: int) -> list[tuple]:
-    """(token, label, document ends here) of the first `length` stream places, token by token."""
-    stream: list[tuple] = []
+Place = tuple[int, int, bool]
+
+
+def naive_pieces(documents: list[list[int]], most: int) -> list[list[Place]]:
+    """(token, label, piece ends here) of every token, piece by piece."""
+    pieces = []
+    for ids in documents:
+        labels = [*ids[1:], IGNORE]
+        for a in range(0, len(ids), most):
+            b = min(a + most, len(ids))
+            pieces.append([(ids[i], labels[i], i == b - 1) for i in range(a, b)])
+    return pieces
+
+
+def naive_stream(dataset: PackedDataset, pieces: list[list[Place]], length: int) -> list[Place]:
+    """The first `length` places of the stream, piece by piece."""
+    stream: list[Place] = []
     number = 0
     while len(stream) < length:
-        order = np.arange(len(documents))
+        order = np.arange(len(pieces))
         if dataset.split == "train":
             np.random.Generator(np.random.PCG64([dataset.seed, number])).shuffle(order)
-        for d in order:
-            ids = documents[d]
-            labels = [*ids[1:], IGNORE]
-            if number and dataset.split == "heldout":
-                labels = [IGNORE] * len(ids)
-            last = [False] * (len(ids) - 1) + [True]
-            stream += zip(ids, labels, last, strict=True)
+        repeated = number > 0 and dataset.split == "heldout"
+        for piece in order:
+            stream += [(t, IGNORE if repeated else label, e) for t, label, e in pieces[piece]]
         number += 1
     return stream[:length]
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("seq_len", SEQ_LENS)
-def test_packs_equal_a_naive_stream(folder: Path, split: str, seq_len: int) -> None:
-    dataset = PackedDataset(folder, split, seq_len, seed=5)
+@pytest.mark.parametrize("most", [None, 2, 17])
+def test_packs_equal_a_naive_stream(
+    folder: Path, split: str, seq_len: int, most: int | None
+) -> None:
+    dataset = PackedDataset(folder, split, seq_len, seed=5, max_document=most)
     count = min(2 * dataset.packs + 3, 700)
-    stream = naive_stream(dataset, stored_documents(folder, split), count * seq_len)
+    pieces = naive_pieces(stored_documents(folder, split), most or 10**9)
+    stream = naive_stream(dataset, pieces, count * seq_len)
     for index in range(count):
         pack = dataset.pack(index)
         wanted = stream[index * seq_len : (index + 1) * seq_len]
@@ -64,10 +78,11 @@ def test_every_token_once_per_epoch_and_a_new_order(folder: Path) -> None:
     assert epochs[0] != epochs[1]
 
 
-def test_heldout_counts_each_target_once(folder: Path) -> None:
+@pytest.mark.parametrize("most", [None, 9])
+def test_heldout_counts_each_target_once(folder: Path, most: int | None) -> None:
     documents = stored_documents(folder, "heldout")
     wanted = Counter(token for doc in documents for token in doc[1:])
-    dataset = PackedDataset(folder, "heldout", 50)
+    dataset = PackedDataset(folder, "heldout", 50, max_document=most)
     found: Counter[int] = Counter()
     for index in range(dataset.packs + 2):  # two packs beyond the end count nothing
         found.update(label for label in dataset.pack(index).labels.tolist() if label != IGNORE)
@@ -108,6 +123,8 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         PackedDataset(folder, "test", 8)
     with pytest.raises(UserError, match=r"data\.seq_len=0"):
         PackedDataset(folder, "train", 0)
+    with pytest.raises(UserError, match=r"data\.max_document=1"):
+        PackedDataset(folder, "train", 8, max_document=1)
     with pytest.raises(UserError, match="seed=-1"):
         PackedDataset(folder, "train", 8, seed=-1)
     with pytest.raises(UserError, match="accumulate=0"):

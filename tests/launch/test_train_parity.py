@@ -1,11 +1,14 @@
 """The same training whatever the mesh: losses and gradient norms of 20 steps in float32."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE, read_lines
+from ringattn.launch.prepare import prepare
+from tests.launch.corpora import write_jsonl
 from tests.launch.training import (
     assert_parity,
     run_command,
@@ -15,6 +18,8 @@ from tests.launch.training import (
     write_config,
 )
 
+# Commands start three processes that import torch, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(300)
 MESHES = {
     "cp2": {"parallel.cp": 2},
     "cp4": {"parallel.cp": 4},
@@ -29,6 +34,13 @@ MESHES_OF_TWO_PACKS = {
     "dp2": {"parallel.dp": 2},
     "dp2 cp2": {"parallel.dp": 2, "parallel.cp": 2},
 }
+MISTAKES = (
+    "divide by the local count",
+    "average gradients",
+    "shift after sharding",
+    "local positions",
+    "clip before the sum",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +85,7 @@ def test_a_rank_with_no_tokens(
 
 def test_ranks_without_counted_tokens(tmp_path: Path) -> None:
     """One-character documents dealt in turn: the second rank owns only ends of documents."""
-    from ringattn.launch.prepare import prepare
-    from tests.launch.corpora import write_jsonl
-
-    source = write_jsonl(
-        tmp_path / "texts.jsonl", [chr(97 + i % 26) + " " * (i > 25) for i in range(26)]
-    )
+    source = write_jsonl(tmp_path / "texts.jsonl", list("abcdefghijklmnopqrstuvwxyz"))
     corpus = tmp_path / "corpus"
     prepare(source, corpus, holdout=0.0)
     shape = {"data__seq_len": 8, "train__steps": 6, "attention__layout": "striped"}
@@ -87,22 +94,15 @@ def test_ranks_without_counted_tokens(tmp_path: Path) -> None:
     assert_parity(expected, got)
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        "divide by the local count",
-        "average gradients",
-        "shift after sharding",
-        "local positions",
-        "clip before the sum",
-    ],
-)
-def test_mutations_are_seen(
-    mutation: str, corpus: Path, one_rank: list[dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("mutation", [None, *MISTAKES])
+def test_mistakes_are_seen(
+    mutation: str | None, corpus: Path, one_rank: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    """A deliberately broken trainer must fail the comparison; without a mistake it passes."""
     values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=4)
     got = train_pooled(values, mutation)
-    with pytest.raises(AssertionError):
+    expectation = pytest.raises(AssertionError) if mutation else contextlib.nullcontext()
+    with expectation:
         assert_parity(one_rank[:4], got)
 
 

@@ -24,6 +24,7 @@ from ringattn.launch.feed import take_share
 from ringattn.launch.job import COMPUTE_DTYPES, open_job
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.packing import IGNORE
+from ringattn.launch.prepare import prepare
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import check_before_start
@@ -40,12 +41,12 @@ def uneven_corpus(folder: Path) -> Path:
 
     One-character documents leave half of their positions uncounted, long ones nearly none.
     """
-    from ringattn.launch.prepare import prepare
 
     long = [
         f"{i} " + "the quick brown fox jumps over the lazy dog; " * (2 + i % 6) for i in range(60)
     ]
-    texts = [text for i, line in enumerate(long) for text in (line, *(chr(97 + i % 26) * (i % 4)))]
+    short = [[chr(97 + i % 26)] * (i % 4) for i in range(60)]
+    texts = [text for one, many in zip(long, short, strict=True) for text in (one, *many)]
     out = folder / "corpus"
     prepare(write_jsonl(folder / "texts.jsonl", texts), out, holdout=0.1, seed=1)
     return out
@@ -169,16 +170,15 @@ def _rank_with_no_tokens() -> Any:
     return mock.patch.object(trainer, "build_context", build)
 
 
-def _unreduced_norm() -> Any:
-    """Clipping by this rank's own gradient norm, before the sum over ranks."""
+def _clip_before_the_sum() -> Any:
+    """Clipping by this rank's own gradient norm."""
+    step = ReplicatedEngine.step
 
     def broken(self: ReplicatedEngine, rate: float) -> torch.Tensor:
-        buckets = self._buckets
-        norm = buckets.clip(self._clip_norm)
-        with mock.patch.object(buckets, "clip", lambda _: norm):
+        norm = self._buckets.clip(self._clip_norm)
+        with mock.patch.object(self._buckets, "clip", return_value=norm):
             return step(self, rate)
 
-    step = ReplicatedEngine.step
     return mock.patch.object(ReplicatedEngine, "step", broken)
 
 
@@ -187,7 +187,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "average gradients": _average_gradients,
     "shift after sharding": _shift_after_sharding,
     "local positions": _local_positions,
-    "clip before the sum": _unreduced_norm,
+    "clip before the sum": _clip_before_the_sum,
     "a rank with no tokens": _rank_with_no_tokens,
 }
 
@@ -213,7 +213,7 @@ def command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 90.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int, str, str]:
     """Waits for a command; returns exit code, stdout, stderr. Kills its whole group when late."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -225,7 +225,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 90.0) -> tuple[int, 
 
 
 def run_command(
-    *arguments: str, launcher: tuple[str, ...] = (), timeout: float = 90.0
+    *arguments: str, launcher: tuple[str, ...] = (), timeout: float = 200.0
 ) -> tuple[int, str, str]:
     """Runs ``ringattn ARGUMENTS`` to its end."""
     return finish(command(*arguments, launcher=launcher), timeout)

@@ -1,0 +1,149 @@
+"""Kernel time of a schedule: what each rank computes in each step.
+
+Time is linear in a curve's figures. `load_of` counts what a kernel of given blocks has to do, and
+`step_seconds` weighs the counts.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ringattn import bands as band_ops
+from ringattn.bands import ceil_div
+from ringattn.cost.cluster import Cluster, Curve
+from ringattn.schedule import Schedule, bands_of
+
+_SLOTS = 1 << 10  # more than any slot number
+_OPEN = np.int64(1 << 40)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Load:
+    """What kernels have to do, by (step, rank); float64.
+
+    Attributes:
+        pairs: FLOPs of the pairs in blocks that are touched, over all heads.
+        rows, keys: FLOPs of one pair for each block row and each key, over all heads.
+        tiles, launches: how many.
+        longest: FLOPs of the longest block of each launch.
+        merged: elements of results that a launch adds to existing ones.
+    """
+
+    pairs: np.ndarray
+    rows: np.ndarray
+    keys: np.ndarray
+    tiles: np.ndarray
+    launches: np.ndarray
+    longest: np.ndarray
+    merged: np.ndarray
+
+
+def flops_per_pair(schedule: Schedule) -> float:
+    """FLOPs of one (query, key) pair and head: 2 products forward, 5 backward (recomputing)."""
+    qk, v = schedule.shapes.qk_dim, schedule.shapes.v_dim
+    return 2.0 * (qk + v) if schedule.direction == "forward" else 2.0 * (3 * qk + 2 * v)
+
+
+def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:
+    """Kernel seconds of each step and rank, launches and their merges included; (steps, P)."""
+    flops = load.pairs + curve.row_pairs * load.rows + curve.key_pairs * load.keys
+    flops = flops + curve.tail * cluster.cores * load.longest
+    fixed = 1e-6 * (curve.tile_us * load.tiles + curve.launch_us * load.launches)
+    merges = curve.result_bytes * load.merged / (1e9 * cluster.memory_gbs)
+    return flops / (1e12 * curve.tflops) + fixed + merges
+
+
+def rounded_area(bands: np.ndarray, block_rows: int, block_keys: int) -> np.ndarray:
+    """Pairs that a kernel computes for each tile, blocks cut by an edge counted whole.
+
+    Row and key counts are rounded up to blocks. A diagonal edge runs through blocks and wastes half
+    of each on average, so that it is moved outwards by half a block.
+    """
+    step = bands["step"]
+    padded = bands.copy()
+    rows, keys = _span(bands, "q"), _span(bands, "k")
+    padded["q1"] = bands["q0"] + _up(rows, block_rows) * step
+    padded["k1"] = bands["k0"] + _up(keys, block_keys) * step
+    half = (block_rows + block_keys) // 4 * step
+    # An edge that leaves the tile uncut stays open however the tile is rounded.
+    open_low = bands["lo"] <= bands["k0"] - (bands["q1"] - 1)
+    open_high = bands["hi"] >= bands["k1"] - 1 - bands["q0"]
+    padded["lo"] = np.where(open_low, -_OPEN, bands["lo"] - half)
+    padded["hi"] = np.where(open_high, _OPEN, bands["hi"] + half)
+    return band_ops.area(padded)
+
+
+def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
+    """Counts the work of a schedule for a kernel with these blocks."""
+    tasks = schedule.tasks
+    shape = (max(schedule.nsteps, 1), schedule.world)
+    if not len(tasks):
+        return Load(**{entry.name: np.zeros(shape) for entry in fields(Load)})
+    bands = bands_of(tasks)
+    heads = (tasks["h1"] - tasks["h0"]) * flops_per_pair(schedule)
+    flat = tasks["step"] * schedule.world + tasks["rank"]
+    order, first = _launches(tasks, flat)
+    where = flat[order[first]]
+
+    def table(index: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+        return np.bincount(index, weights, shape[0] * shape[1]).reshape(shape).astype(np.float64)
+
+    block = block_rows if schedule.direction == "forward" else block_keys
+    longest = _longest_block(schedule, block) * flops_per_pair(schedule)
+    return Load(
+        pairs=table(flat, rounded_area(bands, block_rows, block_keys) * heads),
+        rows=table(flat, _up(_span(bands, "q"), block_rows) * heads),
+        keys=table(flat, _up(_span(bands, "k"), block_keys) * heads),
+        tiles=table(flat, None),
+        launches=table(where, None),
+        longest=table(where, np.maximum.reduceat(longest[order], first)),
+        merged=table(where, _merged(schedule, tasks[order], first)),
+    )
+
+
+def _span(bands: np.ndarray, axis: str) -> np.ndarray:
+    return ceil_div(bands[axis + "1"] - bands[axis + "0"], bands["step"])
+
+
+def _up(count: np.ndarray, block: int) -> np.ndarray:
+    return ceil_div(count, block) * block
+
+
+def _launches(tasks: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks ordered by launch, and each launch's first: one launch per tuple of operand slots."""
+    key = flat
+    for name in ("qslot", "kslot", "oslot", "gslot"):
+        key = key * _SLOTS + tasks[name]
+    order = np.argsort(key, kind="stable")
+    return order, np.flatnonzero(np.concatenate([[True], np.diff(key[order]) != 0]))
+
+
+def _longest_block(schedule: Schedule, block: int) -> np.ndarray:
+    """Pairs of each tile's longest block: of query rows forward, of keys backward."""
+    tasks = schedule.tasks
+    axis = "k" if schedule.direction == "forward" else "q"
+    # At most hi - lo + 1 keys per row, and as many rows per key.
+    width = np.minimum(tasks[axis + "1"] - tasks[axis + "0"], tasks["hi"] - tasks["lo"] + block)
+    return block * ceil_div(width, tasks["stride"])
+
+
+def _merged(schedule: Schedule, tasks: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Elements that each launch adds to results of earlier launches; tasks ordered by launch."""
+    shapes = schedule.shapes
+    heads = np.maximum.reduceat(tasks["h1"] - tasks["h0"], first)
+    rows = _added_rows(tasks, first, "oslot", "q") * heads
+    if schedule.direction == "forward":
+        return rows * shapes.v_dim
+    keys = _added_rows(tasks, first, "gslot", "k") * heads * shapes.kv_heads / shapes.q_heads
+    return rows * shapes.qk_dim + keys * (shapes.qk_dim + shapes.v_dim)
+
+
+def _added_rows(tasks: np.ndarray, first: np.ndarray, slot: str, axis: str) -> np.ndarray:
+    """Result rows of each launch; 0 for the first launch that writes to a slot of a rank."""
+    low, high = tasks[axis + "0"], tasks[axis + "1"]
+    hull = np.maximum.reduceat(high, first) - np.minimum.reduceat(low, first)
+    rows = np.minimum(np.add.reduceat(high - low, first), hull)
+    # Launches are sorted by step, so that the first of each key is its first in time.
+    _, earliest = np.unique(tasks["rank"][first] * _SLOTS + tasks[slot][first], return_index=True)
+    rows[earliest] = 0
+    return rows

@@ -1,0 +1,172 @@
+"""Gathering: every rank receives runs of key rows from their owners, in stages, and returns dK, dV.
+
+What direct and all-gather share; they differ in which rows travel. A receiver's rows are sorted by
+global position and cut into near-equal stages; rank r takes stage r - 1 first and walks downwards,
+so that on dense masks every rank sends to one receiver at a time, as a ring does. Stage j fills one
+of two buffers while stage j - 1 computes; in the backward its dK, dV return to their owners during
+the next stage, and half of the local work waits for the last returns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.bands import expand_ranges
+from ringattn.methods.common import Problem, finish, halve, moves_of, tasks_of
+from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
+from ringattn.tiles import SEGMENT, intersect
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Disjoint runs of rows that ranks receive, ordered by receiver and global position.
+
+    receiver: rank. segment: index of the owner's range. first, last: rows of the owner's shard.
+    """
+
+    receiver: np.ndarray
+    segment: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Runs of needed rows, cut at stages: columns of equal length.
+
+    receiver, owner: ranks. segment: the owner's range. s0, rows: rows of the owner's shard.
+    stage: step in which they travel. d0: their first row in the receiver's stage buffer.
+    """
+
+    receiver: np.ndarray
+    owner: np.ndarray
+    segment: np.ndarray
+    s0: np.ndarray
+    rows: np.ndarray
+    stage: np.ndarray
+    d0: np.ndarray
+
+
+def _staged(problem: Problem, runs: Runs, stages_asked: int) -> _Rows:
+    receiver, segment, first = runs.receiver, runs.segment, runs.first
+    rows = runs.last - first
+    total = np.bincount(receiver, weights=rows, minlength=problem.world).astype(np.int64)
+    end = np.cumsum(rows)
+    begin = end - rows - (np.cumsum(total) - total)[receiver]
+    stages, size = _stage_sizes(problem, total, stages_asked)
+    size_here = size[receiver]
+    which, part = expand_ranges(begin // size_here, (begin + rows - 1) // size_here + 1)
+    low = np.maximum(begin[which], part * size_here[which])
+    high = np.minimum((begin + rows)[which], (part + 1) * size_here[which])
+    receiver = receiver[which]
+    return _Rows(
+        receiver=receiver,
+        owner=problem.layout.ranges["owner"][segment[which]],
+        segment=segment[which],
+        s0=first[which] + low - begin[which],
+        rows=high - low,
+        stage=(receiver - 1 - part) % np.maximum(stages[receiver], 1),
+        d0=low - part * size[receiver],
+    )
+
+
+def _stage_sizes(problem: Problem, total: np.ndarray, asked: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number of stages of each receiver and rows of a stage; about one shard unless asked."""
+    target = max(int(problem.layout.sizes.max(initial=1)), 1)
+    stages = np.full_like(total, asked) if asked else -(-total // target)
+    size = -(-total // np.maximum(stages, 1))
+    # Kernels like tiles cut at multiples of 128.
+    size = np.where(size >= 1024, -(-size // 128) * 128, np.maximum(size, 1))
+    return -(-total // size), size
+
+
+def _buffer_segments(problem: Problem, rows: _Rows) -> np.ndarray:
+    """Stage buffers as segments; rows that follow each other in both orders become one."""
+    ranges = problem.layout.ranges[rows.segment]
+    table = np.zeros(len(rows.rows), dtype=SEGMENT)
+    table["step"] = ranges["step"]
+    table["start"] = ranges["start"] + (rows.s0 - ranges["offset"]) * ranges["step"]
+    table["stop"] = table["start"] + rows.rows * ranges["step"]
+    table["group"], table["owner"], table["offset"] = rows.receiver, rows.stage, rows.d0
+    table = table[np.lexsort((rows.d0, rows.stage, rows.receiver))]
+    if len(table) < 2:
+        return table
+    a, b = table[:-1], table[1:]
+    breaks = (a["group"] != b["group"]) | (a["owner"] != b["owner"]) | (a["stop"] != b["start"])
+    opens = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    joined = table[opens]
+    joined["stop"] = table["stop"][np.concatenate([opens[1:] - 1, [len(table) - 1]])]
+    return joined
+
+
+def _slot(stage: np.ndarray) -> np.ndarray:
+    """Two buffers in turn."""
+    return 1 + stage % 2
+
+
+def _remote_tasks(problem: Problem, rows: _Rows) -> np.ndarray:
+    buffers = _buffer_segments(problem, rows)
+    queries = problem.layout.ranges.copy()
+    queries["group"] = queries["owner"]
+    pieces = intersect(problem.mask.bands, queries, buffers)
+    stage = buffers["owner"][pieces["kseg"]]
+    rank = queries["owner"][pieces["qseg"]]
+    return tasks_of(problem, pieces, rank, stage + 1, kslot=_slot(stage), gslot=_slot(stage))
+
+
+def _kv_moves(problem: Problem, rows: _Rows) -> np.ndarray:
+    return moves_of(
+        problem,
+        len(rows.rows),
+        post=rows.stage,
+        src=rows.owner,
+        dst=rows.receiver,
+        channel=Channel.K,
+        dslot=_slot(rows.stage),
+        s0=rows.s0,
+        d0=rows.d0,
+        rows=rows.rows,
+        op=Op.SET,
+        dtype=Wire.INPUT,
+    )
+
+
+def _local_tasks(problem: Problem) -> np.ndarray:
+    local = problem.q_rank == problem.k_rank
+    return tasks_of(problem, problem.pieces[local], problem.q_rank[local])
+
+
+def gather(
+    problem: Problem, direction: Direction, method: str, runs: Runs, stages: int
+) -> Schedule:
+    """Plans one direction in which ranks receive `runs` in `stages` (0: about a shard each).
+
+    Pure host work; every rank builds the same schedule.
+    """
+    rows = _staged(problem, runs, stages)
+    local, moves = _local_tasks(problem), _kv_moves(problem, rows)
+    if direction == "backward":
+        returns = _gradient_moves(problem, rows)
+        if len(returns):
+            local = halve(local, int(returns["land"].max()))
+        moves = np.concatenate([moves, returns])
+    tasks = np.concatenate([local, _remote_tasks(problem, rows)])
+    return finish(problem, direction, method, tasks, moves)
+
+
+def _gradient_moves(problem: Problem, rows: _Rows) -> np.ndarray:
+    return moves_of(
+        problem,
+        len(rows.rows),
+        post=rows.stage + 2,
+        src=rows.receiver,
+        dst=rows.owner,
+        channel=Channel.DKV,
+        sslot=_slot(rows.stage),
+        s0=rows.d0,
+        d0=rows.s0,
+        rows=rows.rows,
+        op=Op.ADD,
+        take=1,
+        dtype=problem.wire,
+    )

@@ -1,0 +1,1 @@
+"""Tests of the attention core: masks, layouts, tiles, plans, executor, operator."""
