@@ -11,7 +11,6 @@ together. `--write DIR` fits on all rows and writes the cluster files there.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,7 @@ from ringattn.benchmarks import calibration_fit as fitting
 from ringattn.benchmarks.calibration_fit import Case
 from ringattn.benchmarks.calibration_rows import CLUSTERS, read_rows
 from ringattn.benchmarks.record import Recorder
-from ringattn.cost import Cluster, Kernel, dump_cluster, load_cluster
-
-FUSED_BYTES = 12.0  # read a partial result and an accumulator in fp32, write the accumulator
+from ringattn.cost import Cluster, dump_cluster, load_cluster
 
 
 def main() -> None:
@@ -41,7 +38,7 @@ def main() -> None:
         mine = [fitting.case_of(r, cluster) for r in rows if r.hardware == hardware]
         paths = fitting.free_figures([case.row for case in mine])
         if args.write:
-            cluster = fitting.fit(mine, cluster, paths)
+            cluster = fitting.fit(mine, fitting.neutral(cluster, paths), paths)
             _write(cluster, Path(args.write))
         cases += mine
         shipped.append(fitting.errors(mine, cluster))
@@ -67,42 +64,14 @@ def _cross_validate(
         seen = [case for case, f in zip(cases, folds, strict=True) if f != fold]
         unseen = [case for case, f in zip(cases, folds, strict=True) if f == fold]
         if unseen and seen:
-            fitted = fitting.fit(seen, neutral(start), paths)
+            fitted = fitting.fit(seen, fitting.neutral(start, paths), paths)
             error[folds == fold] = fitting.errors(unseen, fitted)
     return error
 
 
-def neutral(cluster: Cluster) -> Cluster:
-    """A start for a fit that has not seen the rows: round figures instead of fitted ones."""
-    kernels = {}
-    for name, kernel in cluster.kernels.items():
-        curves = [
-            replace(
-                curve,
-                tflops=float(f"{curve.tflops:.1g}"),
-                row_pairs=100.0, key_pairs=200.0 if curve.key_pairs else 0.0,
-                launch_us=30.0, tail=0.3, result_bytes=float(f"{curve.result_bytes:.1g}"),
-            )
-            for curve in (kernel.forward, kernel.backward)
-        ]  # fmt: skip
-        kernels[name] = Kernel(forward=curves[0], backward=curves[1])
-    intra = replace(cluster.intra, gbs=float(f"{cluster.intra.gbs:.1g}"), latency_us=20.0)
-    inter = replace(cluster.inter, gbs=float(f"{cluster.inter.gbs:.1g}"), latency_us=20.0)
-    return replace(cluster, kernels=kernels, intra=intra, inter=inter, overlap_tax=0.05)
-
-
 def _write(cluster: Cluster, folder: Path) -> None:
-    """Writes a fitted cluster; `fa3` is `fa3_unfused` with one fused merge per launch."""
-    kernels = dict(cluster.kernels)
-    if "fa3_unfused" in kernels:
-        base = kernels["fa3_unfused"]
-        kernels["fa3"] = Kernel(
-            forward=replace(base.forward, result_bytes=FUSED_BYTES),
-            backward=replace(base.backward, result_bytes=FUSED_BYTES),
-        )
     folder.mkdir(parents=True, exist_ok=True)
-    text = dump_cluster(replace(cluster, kernels=kernels))
-    (folder / f"{cluster.name}.yaml").write_text(text, encoding="utf-8")
+    (folder / f"{cluster.name}.yaml").write_text(dump_cluster(cluster), encoding="utf-8")
 
 
 def report(recorder: Recorder, name: str, cases: Sequence[Case], error: np.ndarray) -> None:
@@ -122,9 +91,7 @@ def report(recorder: Recorder, name: str, cases: Sequence[Case], error: np.ndarr
         median = float(np.median(size))
         print(f"  {group:10} {hardware:22} {figures['rows']:4} {median:7.1%} "
               f"{figures['p90']:7.1%} {figures['bias']:+7.1%}")  # fmt: skip
-        recorder.ok(
-            "calibration", f"{group}-{hardware}-{name}", median, "ratio", config=figures
-        )
+        recorder.ok("calibration", f"{group}-{hardware}-{name}", median, "ratio", config=figures)
 
 
 if __name__ == "__main__":

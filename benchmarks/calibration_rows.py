@@ -100,8 +100,7 @@ class Row:
     def kernel(self) -> str:
         """The kernel that the published system used."""
         if self.method.startswith("kernel-"):
-            name = self.method.removeprefix("kernel-")
-            return "fa3_unfused" if name == "fa3" else name
+            return self.method.removeprefix("kernel-")
         blackwell = self.hardware == "B200"
         if self.method.startswith("magi"):
             return "ffa-fa4" if blackwell else "ffa"
@@ -300,9 +299,7 @@ def _imitate(problem: Problem, direction: Direction, method: str) -> Schedule:
         if name == "loongtrain":
             inner = _windowed(double_ring.forward if forward else double_ring.backward)
         first = "ringfirst" not in method
-        return saved_heads(
-            heads.compose(problem, direction, name, inner, node, heads_first=first)
-        )
+        return saved_heads(heads.compose(problem, direction, name, inner, node, heads_first=first))
     if "allgather" in name or "allgather" in method:
         schedule = all_gather.forward(problem) if forward else all_gather.backward(problem)
         schedule = waiting(whole_shards(schedule))

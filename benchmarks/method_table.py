@@ -17,7 +17,7 @@ import numpy as np
 
 import ringattn as ra
 from ringattn import layouts
-from ringattn.benchmarks.calibration_rows import sampled_lengths
+from ringattn.benchmarks.calibration_rows import typical_packs
 from ringattn.benchmarks.cpu_cost import corpus_lengths
 from ringattn.benchmarks.record import Recorder
 from ringattn.cost import Cluster, load_cluster, peak_bytes, price_pair
@@ -56,7 +56,7 @@ def masks(seq_len: int) -> dict[str, Mask]:
     rng = np.random.default_rng(0)
     spread = _filled(np.exp(rng.uniform(np.log(128), np.log(seq_len / 4), seq_len // 128)), seq_len)
     long = _filled(rng.uniform(8192, 30720, seq_len // 8192 + 1), seq_len)
-    short = [int(n) for n in sampled_lengths(seq_len, 0)]
+    short = [int(n) for n in typical_packs(seq_len)[1]]
     return {
         "corpus documents": ra.masks.documents(corpus_lengths(seq_len), causal=True),
         "short documents": ra.masks.documents(short, causal=True),

@@ -28,9 +28,9 @@ OP_KEYS = 256
 SAFE_NORM = 1e15
 """The square of a larger norm, or of one below its inverse, is near the end of float32's range."""
 
-EXACT_DQ_SCORES = 1 << 18
-"""In bfloat16, a launch of fewer scores per head forms dq in float32: where a row sees so few keys,
-rounding each partial dq would show. dk and dv have less to lose: the op itself rounds them more."""
+EXACT_SCORES = 1 << 18
+"""In bfloat16, a launch of fewer scores per head takes its products in float32: where a row meets
+so few others, rounding each partial gradient would show."""
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -73,20 +73,23 @@ def add_window_gradients(
         for call in large:
             _add_by_op(call, operands, lse, grads, scale)
     if small:
+        if _scores(calls) < EXACT_SCORES:
+            narrow = wide
         products = ProductOperands(
             q=_head_major(q, wide),
             k=_head_major(k, wide),
             v=_head_major(v, wide),
             dout=dout_wide,
             q_narrow=_head_major(q, narrow),
-            k_dq=_head_major(k, wide if _scores(calls) < EXACT_DQ_SCORES else narrow),
+            k_narrow=_head_major(k, narrow),
             dout_narrow=_head_major(dout, narrow),
             lse=lse,
             delta=delta,
         )
         work = Workspace.allocate(wide, narrow)
         for call in small:
-            mask = None if call.mask is None else call.mask.to(wide)
+            mask = call.mask
+            mask = None if mask is None else mask.to(wide)
             for heads, key_heads in head_parts(call.h0, call.h1, q.shape[2] // k.shape[2]):
                 add_gradients(call, mask, products, grads, heads, key_heads, scale, work)
 
@@ -131,7 +134,8 @@ def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _add_by_op(
     call: Call, x: _OpOperands, lse: torch.Tensor, grads: Gradients, scale: float
 ) -> None:
-    mask = None if call.mask is None else call.mask.to(x.q.dtype)
+    mask = call.mask
+    mask = None if mask is None else mask.to(x.q.dtype)
     for heads, key_heads in head_parts(call.h0, call.h1, x.q.shape[2] // x.k.shape[2]):
         for batch in batch_rows(call, x.q.shape[0]):
             dq, dk, dv = _backward_op(

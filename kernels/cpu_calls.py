@@ -16,7 +16,7 @@ class Call:
     """`count` equal problems, batched. Coordinates are buffer rows.
 
     Problem c: query rows q0 + c * q_stride + step * [0, rows), key rows likewise, query heads
-    [h0, h1). `mask` (rows, keys) is additive, in float32, 0 or -inf; None where all is allowed.
+    [h0, h1). Row a of a problem attends keys lo <= b - a <= hi, or all where they are None.
     """
 
     h0: int
@@ -29,11 +29,25 @@ class Call:
     k0: int
     k_stride: int
     keys: int
-    mask: torch.Tensor | None
+    lo: int | None
+    hi: int | None
     causal: bool
     """Row a of a problem attends keys b <= a only; rows == keys."""
     first: bool
     """No earlier call of the list touches these query rows and heads."""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The additive mask (rows, keys), float32, 0 or -inf; None where all is allowed.
+
+        Made anew each time: plans are many and long-lived, and making it costs little beside the
+        call that uses it.
+        """
+        if self.lo is None or self.hi is None:
+            return None
+        distance = torch.arange(self.keys) - torch.arange(self.rows).unsqueeze(-1)
+        outside = (distance < self.lo) | (distance > self.hi)
+        return torch.zeros(self.rows, self.keys).masked_fill_(outside, float("-inf"))
 
     @property
     def keys_overlap(self) -> bool:
@@ -64,22 +78,13 @@ def build_calls(
             shape = (tile.h0, tile.h1, tile.step, c.rows, c.keys, c.lo, c.hi, c.causal)
             q0, k0 = tile.q0 + c.q0 * tile.step, tile.k0 + c.k0 * tile.step
             blocks[shape, k0 - q0].append((q0, k0))
-    masks = {shape[3:7]: _mask(*shape[3:7]) for shape, _ in blocks}
     calls = [
-        _call(shape, run, masks[shape[3:7]])
+        _call(shape, run)
         for (shape, _), origins in blocks.items()
         for run in _runs(sorted(origins), rows=shape[3], step=shape[2])
     ]
     calls.sort(key=lambda call: -call.count * call.rows)
     return tuple(_mark_first(calls))
-
-
-def _mask(rows: int, keys: int, lo: int | None, hi: int | None) -> torch.Tensor | None:
-    if lo is None or hi is None:
-        return None
-    distance = torch.arange(keys) - torch.arange(rows).unsqueeze(-1)
-    outside = (distance < lo) | (distance > hi)
-    return torch.zeros(rows, keys).masked_fill_(outside, float("-inf"))
 
 
 def _runs(origins: list[tuple[int, int]], rows: int, step: int) -> Iterator[list[tuple[int, int]]]:
@@ -100,12 +105,8 @@ def _runs(origins: list[tuple[int, int]], rows: int, step: int) -> Iterator[list
         start = stop
 
 
-def _call(
-    shape: _Shape,
-    run: list[tuple[int, int]],
-    mask: torch.Tensor | None,
-) -> Call:
-    h0, h1, step, rows, keys = shape[:5]
+def _call(shape: _Shape, run: list[tuple[int, int]]) -> Call:
+    h0, h1, step, rows, keys, lo, hi, causal = shape
     (q0, k0), (q_next, k_next) = run[0], run[min(1, len(run) - 1)]
     return Call(
         h0=h0,
@@ -118,8 +119,9 @@ def _call(
         k0=k0,
         k_stride=k_next - k0,
         keys=keys,
-        mask=mask,
-        causal=shape[7],
+        lo=lo,
+        hi=hi,
+        causal=causal,
         first=False,
     )
 

@@ -3,13 +3,13 @@
 The op (aten ``_scaled_dot_product_flash_attention_for_cpu`` and its backward) knows rectangles and
 additive masks, overwrites its result and recomputes delta from `out`. Around it:
 
-- `build_calls` cuts bands into rectangles and small masked blocks, equal ones batched as views.
+- `build_calls` cuts bands into rectangles and masked strips, equal ones batched as views.
 - 16-bit inputs run forward in float32: the op is as fast there, and partial results are not
   rounded before they are merged.
-- bfloat16 inputs run backward in bfloat16 where a call is large enough to gain from it; shorter
-  calls, float16 and float32 run in float32.
-- The backward of small tiles is the matmul kernel's, whose cost per tile is lower.
-- The backward is given an `out` made so that rowsum(dout * out) is the global delta.
+- The backward op runs in bfloat16 for bfloat16 inputs, in the accumulator dtype for others, and on
+  large calls only. Smaller ones are batched products (`cpu_products`), and tiny tiles the matmul
+  kernel's, whose cost per tile is lowest.
+- The backward op is given an `out` made so that rowsum(dout * out) is the global delta.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,6 @@ FORWARD_STRIP = 192
 """From here on the op splits query rows by 64 instead of 32."""
 BACKWARD_STRIP = 192
 """Strips of keys: dk and dv of a strip are added once; only dq is added to piecewise."""
-
 
 SMALL_SCORES, BATCH = 1 << 13, 4
 """The backward of a tile of no more scores goes to the matmul kernel, unless this many equal ones
@@ -135,6 +134,8 @@ class CpuFlashKernel:
         softcap: float | None,
     ) -> None:
         """See `Kernel.backward`."""
+        if q.shape[0] == 0:
+            return
         small, grads = prepared.backward_small, (dq, dk, dv)
         options = {"scale": scale, "softcap": softcap}
         _small_kernel.backward(dout, q, k, v, lse, delta, small, *grads, **options)
@@ -179,7 +180,8 @@ def _forward_call(
     call: Call, operands: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, scale: float
 ) -> None:
     q, k, v = operands
-    mask = None if call.mask is None else call.mask.to(q.dtype)
+    mask = call.mask
+    mask = None if mask is None else mask.to(q.dtype)
     for heads, key_heads in head_parts(call.h0, call.h1, q.shape[2] // k.shape[2]):
         for batch in batch_rows(call, q.shape[0]):
             part_out, part_lse = _forward_op(

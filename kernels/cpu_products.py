@@ -14,16 +14,17 @@ import torch
 from ringattn.kernels.cpu_calls import Call
 from ringattn.kernels.cpu_views import key_blocks, query_blocks
 
-CHUNK = 1280 * 512
-"""Scores held at once: two float32 and two bfloat16 matrices of them stay in cache."""
 ROWS, KEYS = 1280, 512
+"""A larger problem is taken in pieces of this size."""
+CHUNK = ROWS * KEYS
+"""Scores held at once, of several problems or heads where these are small."""
 
 
 @dataclass(frozen=True)
 class ProductOperands:
     """Buffers (B, T, H, dim): wide in the accumulator dtype, narrow in that of the products.
 
-    lse holds +inf for rows without keys. `k_dq` is the key side of the dq product, in either dtype.
+    lse holds +inf for rows without keys. `k_narrow` is the key side of the dq product, in either dtype.
     """
 
     q: torch.Tensor
@@ -31,7 +32,7 @@ class ProductOperands:
     v: torch.Tensor
     dout: torch.Tensor
     q_narrow: torch.Tensor
-    k_dq: torch.Tensor
+    k_narrow: torch.Tensor
     dout_narrow: torch.Tensor
     lse: torch.Tensor
     delta: torch.Tensor
@@ -64,7 +65,7 @@ class _Views:
     v: torch.Tensor
     dout: torch.Tensor
     q_narrow: torch.Tensor
-    k_dq: torch.Tensor
+    k_narrow: torch.Tensor
     dout_narrow: torch.Tensor
     lse: torch.Tensor
     delta: torch.Tensor
@@ -144,7 +145,7 @@ def _views(
         v=of_key(x.v),
         dout=of_query(x.dout),
         q_narrow=of_query(x.q_narrow),
-        k_dq=of_key(x.k_dq),
+        k_narrow=of_key(x.k_narrow),
         dout_narrow=of_query(x.dout_narrow),
         lse=of_query(x.lse),
         delta=of_query(x.delta),
@@ -182,6 +183,5 @@ def _add_chunk(
         prob.copy_(score)
         dscore.copy_(dprob)
     x.dv[at_k].add_(torch.bmm(prob.transpose(1, 2), x.dout_narrow[at_q]))
-    k_dq = x.k_dq[at_k]
-    x.dq[at_q].add_(torch.bmm(dprob if k_dq.dtype == dprob.dtype else dscore, k_dq), alpha=scale)
+    x.dq[at_q].add_(torch.bmm(dscore, x.k_narrow[at_k]), alpha=scale)
     x.dk[at_k].add_(torch.bmm(dscore.transpose(1, 2), x.q_narrow[at_q]), alpha=scale)

@@ -35,12 +35,15 @@ class DataConfig:
         source: what to prepare `path` from when it does not exist: a file, a folder, or "stdlib"
             (the Python standard library's own source). null: `path` must exist.
         tokenizer: tokenizer used for that preparation: "bytes" or a Hugging Face folder.
+        max_document: longer documents are cut into documents of at most so many tokens when they
+            are packed; null keeps them whole. Shorter ones make the packs of a short run more alike.
     """
 
     path: str = "data/stdlib"
     seq_len: int = 8192
     source: str | None = None
     tokenizer: str = "bytes"
+    max_document: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

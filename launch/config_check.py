@@ -11,6 +11,7 @@ from ringattn.launch.model_config import ModelConfig, model_config
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "data.seq_len": 2,
+    "data.max_document": 2,
     "parallel.cp": 1,
     "parallel.dp": 1,
     "train.steps": 1,

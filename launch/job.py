@@ -65,12 +65,12 @@ def open_job(config: Config, local_world: int) -> Job:
     device_type = check_device(config, local_world)
     meta = load_meta(config.data.path)
     shape = resolve_model(config, meta.vocab_size)
-    seq_len = config.data.seq_len
-    train = PackedDataset(config.data.path, "train", seq_len, config.seed)
+    path, seq_len, longest = config.data.path, config.data.seq_len, config.data.max_document
+    train = PackedDataset(path, "train", seq_len, config.seed, max_document=longest)
     check_attention(config, shape, device_type, train.pack(0).lengths)
     heldout = None
     if meta.tokens("heldout"):
-        heldout = PackedDataset(config.data.path, "heldout", seq_len)
+        heldout = PackedDataset(path, "heldout", seq_len, max_document=longest)
     identity = run_identity(config, shape, meta)
     found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
     checkpoint = None
@@ -153,6 +153,7 @@ def run_identity(config: Config, shape: ModelConfig, meta: CorpusMeta) -> dict[s
     return {
         "seed": config.seed,
         "data.seq_len": config.data.seq_len,
+        "data.max_document": config.data.max_document,
         "data.path": f"corpus {digest.hexdigest()[:12]}",
         **model,
     }
