@@ -1,9 +1,9 @@
 """Holds the cost model against published attention speeds, and fits its figures to them.
 
-    python -m ringattn.benchmarks.calibrate_attention TABLE.csv [--out FILE] [--folds 3] [--write DIR]
+    python -m ringattn.benchmarks.calibrate_attention TABLE.csv [--folds 3] [--write DIR]
 
 For every attention-only row of the table the plan of the published method is built and priced (see
-`ringattn.benchmarks.calibration_rows`). Printed and recorded per group of masks: the number of
+`ringattn.benchmarks.calibration_plans`). Printed and recorded per group of masks: the number of
 rows, the median, the 90th percentile and the bias of the relative error, with the cluster files as
 they are. `--folds N` adds errors on rows that a fit has not seen: N folds, rows of one run
 together. `--write DIR` fits on all rows and writes the cluster files there.
@@ -24,7 +24,7 @@ from ringattn.cost import Cluster, dump_cluster, load_cluster
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("table", help="CSV of published results")
     parser.add_argument("--out", default="benchmarks/results/calibration.jsonl")
     parser.add_argument("--folds", type=int, default=0, help="0: no cross-validation")

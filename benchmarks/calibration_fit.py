@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import yaml
 
-from ringattn.benchmarks.calibration_rows import Row, masks_of, schedules_of
+from ringattn.benchmarks.calibration_plans import schedules_of
+from ringattn.benchmarks.calibration_rows import Row, masks_of
 from ringattn.cost import Cluster, Survey, dump_cluster, parse_cluster, price_survey, survey
 
 HUBER = 0.08  # logarithmic error from which on a row counts linearly
@@ -21,7 +22,8 @@ SPREAD = {
     "tail": 0.3,
 }  # prior standard deviation of a logarithm, by figure
 OTHERS = 0.8
-STEPS = 8
+STEPS, NUDGE = 10, 0.02
+DAMPINGS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 # Where fits start: figures of these names; of other names, one digit of the file's.
 ROUND = {
     "row_pairs": 100.0, "key_pairs": 200.0, "launch_us": 20.0, "latency_us": 20.0, "tail": 0.3,
@@ -73,6 +75,7 @@ def fit(cases: Sequence[Case], start: Cluster, paths: Sequence[str]) -> Cluster:
     tree = yaml.safe_load(dump_cluster(start))
     origin = np.log([_read(tree, path) for path in paths])
     spread = np.array([SPREAD.get(path.rpartition(".")[2], OTHERS) for path in paths])
+    prior = HUBER**2 / spread**2
 
     def at(point: np.ndarray) -> Cluster:
         for path, value in zip(paths, np.exp(point), strict=True):
@@ -82,34 +85,24 @@ def fit(cases: Sequence[Case], start: Cluster, paths: Sequence[str]) -> Cluster:
     def loss(error: np.ndarray, point: np.ndarray) -> float:
         size = np.abs(error)
         rows = np.where(size < HUBER, size**2, HUBER * (2 * size - HUBER)).sum()
-        return float(rows + HUBER**2 * (((point - origin) / spread) ** 2).sum())
+        return float(rows + (prior * (point - origin) ** 2).sum())
 
-    point, damping = origin.copy(), 1e-2
-    error = errors(cases, start)
+    point, error = origin, errors(cases, start)
     for _ in range(STEPS):
-        jacobian = np.stack(
-            [
-                (errors(cases, at(point + 0.02 * unit)) - error) / 0.02
-                for unit in np.eye(len(paths))
-            ],
-            axis=1,
-        )
+        columns = [errors(cases, at(point + NUDGE * unit)) for unit in np.eye(len(paths))]
+        jacobian = (np.stack(columns, axis=1) - error[:, None]) / NUDGE
         weight = np.minimum(1.0, HUBER / np.maximum(np.abs(error), 1e-9))
-        prior = HUBER**2 / spread**2
         normal = jacobian.T @ (weight[:, None] * jacobian) + np.diag(prior)
         slope = jacobian.T @ (weight * error) + prior * (point - origin)
-        improved = False
-        while not improved and damping < 1e4:
+        before = loss(error, point)
+        for damping in DAMPINGS:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), slope)
             trial = point - np.clip(step, -0.7, 0.7)
-            trial_error = errors(cases, at(trial))
-            improved = loss(trial_error, trial) < loss(error, point)
-            damping *= 0.3 if improved else 5.0
-        if not improved:
-            break
-        gain = loss(error, point) - loss(trial_error, trial)
-        point, error = trial, trial_error
-        if gain < 1e-3 * loss(error, point):
+            found = errors(cases, at(trial))
+            if loss(found, trial) < before:
+                point, error = trial, found
+                break
+        if loss(error, point) > (1 - 1e-3) * before:
             break
     return at(_rounded(point))
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def attend(plan: ra.Plan, qkv: list[torch.Tensor], dout: torch.Tensor) -> None:
+    """One forward and backward of this rank's share."""
+    q, k, v = qkv
+    torch.autograd.backward(ra.attention(q, k, v, plan), dout, inputs=qkv)
+    for x in qkv:
+        x.grad = None
+
+
 def rank_worker(rank: int, world: int, store: str, pipe: Connection) -> None:
     """Serves "run CASE" requests: one forward and backward, answered by its CPU seconds."""
     torch.set_num_threads(1)
@@ -98,13 +107,9 @@ def rank_worker(rank: int, world: int, store: str, pipe: Connection) -> None:
             cache[request] = (plan, [x.requires_grad_() for x in qkv], dout)
         plan, qkv, dout = cache[request]
 
-        def step(plan=plan, qkv=qkv, dout=dout) -> None:
-            torch.autograd.backward(ra.attention(*qkv, plan), dout, inputs=qkv)
-            for x in qkv:
-                x.grad = None
-
         dist.barrier()
-        pipe.send((cpu_seconds(step), f"{plan.layout.name}/{plan.method}"))
+        seconds = cpu_seconds(partial(attend, plan, qkv, dout))
+        pipe.send((seconds, f"{plan.layout.name}/{plan.method}"))
     dist.destroy_process_group()
 
 
@@ -170,7 +175,7 @@ def measure(case: Case, layout: str, method: str, repeats: int, ranks, single) -
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/cpu_cost.jsonl")
     parser.add_argument("--seq-len", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=5)

@@ -23,10 +23,14 @@ backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwar
 class Masked(Protocol):
     """What a tiling needs to know of a case."""
 
-    name: str
-    seq_len: int
-    lengths: tuple[int, ...]
-    window: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def window(self) -> int: ...
 
     def mask(self) -> ra.Mask: ...
 

@@ -132,7 +132,7 @@ def single(mask: Mask, cluster: Cluster) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/method_table.jsonl")
     parser.add_argument("--cluster", default="h100_sxm", help="a name or a YAML file")
     parser.add_argument("--ranks", type=int, default=64)

@@ -57,7 +57,7 @@ def plan_once(mask: ra.Mask, layout: str, method: str) -> tuple[float, int, int]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/planning.jsonl")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()

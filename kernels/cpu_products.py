@@ -24,7 +24,7 @@ CHUNK = ROWS * KEYS
 class ProductOperands:
     """Buffers (B, T, H, dim): wide in the accumulator dtype, narrow in that of the products.
 
-    lse holds +inf for rows without keys. `k_narrow` is the key side of the dq product, in either dtype.
+    lse holds +inf for rows without keys.
     """
 
     q: torch.Tensor

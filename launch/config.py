@@ -36,7 +36,7 @@ class DataConfig:
             (the Python standard library's own source). null: `path` must exist.
         tokenizer: tokenizer used for that preparation: "bytes" or a Hugging Face folder.
         max_document: longer documents are cut into documents of at most so many tokens when they
-            are packed; null keeps them whole. Shorter ones make the packs of a short run more alike.
+            are packed; null keeps them whole. Cutting makes the packs of a short run more alike.
     """
 
     path: str = "data/stdlib"

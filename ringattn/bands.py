@@ -25,7 +25,7 @@ def integer_rows(rows, width: int, columns: str) -> np.ndarray:
         values = np.empty(0, dtype=object)
     if values.size == 0 and values.dtype != object:
         return np.empty((0, width), dtype=np.int64)
-    if values.dtype.kind not in "iu" or values.ndim != 2 or values.shape[1] != width:
+    if values.dtype.kind not in "iu" or values.ndim != 2 or values[0].size != width:
         raise UserError(
             f"rows={str(rows)[:60]}",
             f"must be rows of {width} integers {columns}",

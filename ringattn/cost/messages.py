@@ -8,7 +8,7 @@ from ringattn.cost.cluster import Cluster
 from ringattn.schedule import Channel, Lane, Op, Schedule, Wire
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Messages:
     """Rows that go from one rank to another in one batch, one entry per message.
 
@@ -39,8 +39,15 @@ def messages_of(schedule: Schedule) -> Messages:
     head, numbers = moves[index], batch[index]
     changes = np.flatnonzero(np.diff(numbers)) + 1
     bounds = np.concatenate([[0], changes, [len(key)]]) if len(key) else np.zeros(1, dtype=int)
-    columns = [np.ascontiguousarray(head[n]) for n in ("src", "dst", "post", "land", "lane")]
-    return Messages(*columns, np.bincount(inverse, sizes, len(key)), bounds)
+    return Messages(
+        src=head["src"].copy(),
+        dst=head["dst"].copy(),
+        post=head["post"].copy(),
+        land=head["land"].copy(),
+        lane=head["lane"].copy(),
+        nbytes=np.bincount(inverse, sizes, len(key)),
+        bounds=bounds,
+    )
 
 
 def message_seconds(messages: Messages, cluster: Cluster, world: int) -> np.ndarray:

@@ -62,18 +62,18 @@ class Priced:
         """Complete events of the Chrome trace format (microseconds), one process per rank."""
         events: list[dict[str, Any]] = []
         for step, rank in zip(*np.nonzero(self.end > self.begin), strict=True):
-            start, stop = self.begin[step, rank], self.end[step, rank]
+            start, stop = float(self.begin[step, rank]), float(self.end[step, rank])
             events.append(_event(f"step {step}", int(rank), "compute", start, stop))
         for index in range(len(self.src)):
             name = f"{int(self.nbytes[index])} bytes from rank {self.src[index]}"
             lane = Lane(int(self.lane[index])).name.lower()
-            span = self.sent[index], self.done[index]
-            events.append(_event(name, int(self.dst[index]), lane, *span))
+            start, stop = float(self.sent[index]), float(self.done[index])
+            events.append(_event(name, int(self.dst[index]), lane, start, stop))
         return events
 
 
 def _event(name: str, rank: int, row: str, start: float, stop: float) -> dict[str, Any]:
     return {
         "name": name, "ph": "X", "pid": rank, "tid": row,
-        "ts": 1e6 * float(start), "dur": 1e6 * float(stop - start),
+        "ts": 1e6 * start, "dur": 1e6 * (stop - start),
     }  # fmt: skip

@@ -14,6 +14,7 @@ key heads, it gets one copy of the key head per query head.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def head_slices(q_heads: int, kv_heads: int, degree: int) -> list[Slice]:
     group = q_heads // kv_heads
     cuts = [q_heads * i // degree for i in range(degree + 1)]
     slices = []
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in pairwise(cuts):
         needed = [h // group for h in range(a, b)]
         kv = tuple(sorted(set(needed)))
         even = (b - a) % len(kv) == 0 and all(

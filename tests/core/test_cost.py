@@ -1,6 +1,5 @@
 """Pricing: a hand-computed example, limits in which the price is known, units and order."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,6 @@ from ringattn.cost import (
     Curve,
     Kernel,
     Link,
-    load_cluster,
     peak_bytes,
     price,
     survey,
@@ -21,7 +19,7 @@ from ringattn.cost import (
 from ringattn.cost.kernel_time import rounded_area
 from ringattn.methods import METHODS
 from ringattn.methods.common import Problem
-from ringattn.schedule import MOVE, TASK, Channel, Lane, Op, Schedule, Shapes, bands_of
+from ringattn.schedule import MOVE, SLOT, TASK, Channel, Lane, Op, Schedule, Shapes, bands_of
 
 SHAPES = Shapes(
     q_heads=4, kv_heads=2, qk_dim=8, v_dim=8, itemsize=2, accumulator_itemsize=4
@@ -64,7 +62,7 @@ def handmade(lane: Lane = Lane.INTRA) -> Schedule:
     moves["nheads"], moves["op"], moves["lane"] = 2, Op.SET, lane
     return Schedule(
         direction="forward", world=2, nsteps=2, home_rows=np.array([100, 100]), tasks=tasks,
-        moves=moves, slots=np.zeros(0, dtype=ra.schedule.SLOT), shapes=SHAPES,
+        moves=moves, slots=np.zeros(0, dtype=SLOT), shapes=SHAPES,
     )  # fmt: skip
 
 
@@ -199,15 +197,3 @@ def test_rounded_area_of_a_causal_square_is_its_block_triangle():
     assert rounded_area(bands_of(forward.tasks), 128, 128)[0] == pytest.approx(
         36 * 128 * 128, rel=0.02
     )
-
-
-def test_a_large_plan_is_priced_quickly():
-    mask = ra.masks.causal(64 * 1024)
-    forward, backward = schedules("ring", "zigzag", mask, 64)
-    h100 = load_cluster("h100_sxm")
-    price(forward, h100)
-    start = time.process_time()
-    price(forward, h100)
-    price(backward, h100)
-    # About 20 ms; the bound only catches a loop over ranks or moves.
-    assert time.process_time() - start < 1.0
