@@ -81,9 +81,14 @@ def test_the_covering_part_covers_every_mask_layout_and_method() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(4 * 3600)
 def test_the_whole_product() -> None:
-    values = itertools.product(MASKS, LAYOUTS, METHOD_NAMES, AXES["world"], AXES["group"], KERNELS)
-    names = ("mask", "layout", "method", "world", "group", "kernel")
-    cases = [dict(zip(names, v, strict=True)) for v in values]
+    # The extras (sinks, softcap, other value dims) travel with the cases of matmul in turn.
+    extras = [kernel for kernel in KERNELS if kernel != "cpu_flash"]
+    names = ("mask", "layout", "method", "world", "group")
+    cases = []
+    values = itertools.product(MASKS, LAYOUTS, METHOD_NAMES, AXES["world"], AXES["group"])
+    for index, value in enumerate(values):
+        case = dict(zip(names, value, strict=True))
+        cases += [case | {"kernel": k} for k in ("cpu_flash", extras[index % len(extras)])]
     batched = [case | {"batch": 2 if case["kernel"] == "matmul" else 1} for case in cases]
     run_grid("attention_simulated", batched, simulated_errors, tolerance=TOLERANCE)
 
