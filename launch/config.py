@@ -71,12 +71,20 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """How the cp ranks compute attention together; names as in `ringattn.ContextParallel`."""
+    """How the cp ranks compute attention together; names as in `ringattn.ContextParallel`.
+
+    Attributes:
+        method, layout, kernel: names, or "auto".
+        wire_dtype: dtype of travelling partial results; null is the accumulators' float32.
+        cluster: name or YAML file of the cluster on which "auto" is chosen by predicted time; null
+            weighs mask area and bytes at a fixed rate.
+    """
 
     method: str = "auto"
     layout: str = "auto"
     kernel: str = "auto"
     wire_dtype: Literal["fp32", "bf16"] | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def build_context(
         layout=attention.layout,
         kernel=attention.kernel,
         wire_dtype=COMPUTE_DTYPES[wire] if wire else None,
+        cluster=attention.cluster,
+        timeout=timedelta(seconds=config.run.timeout_s),
     )
 
 

@@ -2,6 +2,7 @@
 
 ringattn prepare SOURCE --out DIR
 ringattn train CONFIG [key=value ...]
+ringattn plan CONFIG [key=value ...]
 ringattn sample RUN --prompt TEXT
 """
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in arguments, configuration or input, 1 for a fault.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     code = 0
 
     def body() -> None:
@@ -33,6 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_reporting(body) or code
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before and after options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(late) < len(rest) or (late and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides += late
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ringattn", description="Trains language models on sequences sharded over ranks."
@@ -40,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_train(commands)
+    _add_plan(commands)
     _add_sample(commands)
     return parser
 
@@ -69,17 +83,37 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     train = commands.add_parser("train", help="train a model")
-    train.add_argument(
-        "config", metavar="CONFIG", help="YAML file, or the name of a shipped one: demo, debug"
-    )
-    train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.cp=2"
-    )
+    _add_config(train)
     train.add_argument(
         "--dry-run", action="store_true",
         help="check everything, print the resolved configuration, start nothing",
     )  # fmt: skip
     train.set_defaults(run=_train)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, or the name of a shipped one: demo, debug"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.cp=2"
+    )
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser("plan", help="predict the cost of a configuration's attention")
+    _add_config(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.add_argument(
+        "--cluster", metavar="FILE", help="a cluster's YAML file or name, such as h100_sxm"
+    )
+    plan.add_argument(
+        "--pictures", metavar="DIR", help="write mask, work and timeline of the choice there"
+    )
+    plan.add_argument(
+        "--trace", metavar="FILE", help="write the timeline of the choice as a Chrome trace"
+    )
+    plan.set_defaults(run=_plan)
 
 
 def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -132,6 +166,19 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     return train(config)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ringattn.launch.config_load import load_config
+    from ringattn.launch.plan_command import plan
+
+    return plan(
+        load_config(_find_config(arguments.config), arguments.overrides),
+        as_json=arguments.json,
+        cluster=arguments.cluster,
+        pictures=arguments.pictures,
+        trace=arguments.trace,
+    )
 
 
 def _find_config(text: str) -> Path:

@@ -1,11 +1,13 @@
 """Checks of what a caller passes: one line each, before any work starts."""
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn import choice, layouts, methods
+from ringattn import candidates, choice, layouts, methods
+from ringattn.cost import Cluster, load_cluster
 from ringattn.errors import UserError
 from ringattn.kernels.select import kernel_names
 from ringattn.layout import Layout
@@ -76,7 +78,7 @@ def wire(wire_dtype: torch.dtype | None, dtype: torch.dtype | None) -> Wire:
     )
 
 
-def names(method: str, layout: str | Layout, kernel: str, cluster: str | None) -> None:
+def names(method: str, layout: str | Layout, kernel: str) -> None:
     """Known method, layout and kernel names."""
     if method != "auto":
         methods.by_name(method)
@@ -88,12 +90,21 @@ def names(method: str, layout: str | Layout, kernel: str, cluster: str | None) -
         raise UserError(
             f"kernel={kernel!r}", f"must be one of {', '.join(kernel_names())}, auto", "pick one"
         )
-    if cluster is not None:
+
+
+def cluster(given: object) -> Cluster | None:
+    """The cluster of a name or a file, or None for none.
+
+    Raises:
+        UserError: no such cluster, or a file that describes none.
+    """
+    if given is None or isinstance(given, Cluster):
+        return given
+    if not isinstance(given, str | os.PathLike):
         raise UserError(
-            f"cluster={cluster!r}",
-            "this version prices plans by area and bytes, without a cluster file",
-            "leave cluster out",
+            f"cluster={given!r}", "must be a name or the path of a YAML file", "pass e.g. h100_sxm"
         )
+    return load_cluster(given)
 
 
 def counts(**values: int | None) -> None:
@@ -107,9 +118,13 @@ def counts(**values: int | None) -> None:
             )
 
 
-def options(given: dict[str, int], method: str) -> None:
-    """Settings of the method: known to it, positive integers."""
-    made = choice.AUTO_METHODS if method == "auto" else (method,)
+def options(given: dict[str, int], method: str, priced: bool) -> None:
+    """Settings of the method: known to it, positive integers.
+
+    `priced` tells whether "auto" weighs what the planner does on a cluster.
+    """
+    weighed = candidates.AUTO_METHODS if priced else choice.AUTO_METHODS
+    made = weighed if method == "auto" else (method,)
     known = sorted({name for m in made for name in methods.by_name(m).options})
     for name in given:
         if name not in known:

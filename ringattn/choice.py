@@ -70,13 +70,7 @@ def _schedules(name: str, problem: Problem) -> Schedules:
 
 def _layouts(mask: Mask, world: int, ranks_per_node: int, layout: str | Layout) -> list[Layout]:
     if isinstance(layout, Layout):
-        if layout.seq_len != mask.seq_len:
-            raise UserError(
-                f"layout for {layout.seq_len} tokens",
-                f"the mask has {mask.seq_len}",
-                "build the layout for the mask's seq_len",
-            )
-        return [layout]
+        return [fitting(layout, mask)]
     if layout != "auto":
         return [layouts.by_name(layout, mask, world, ranks_per_node)]
     tried: list[Layout] = []
@@ -85,6 +79,17 @@ def _layouts(mask: Mask, world: int, ranks_per_node: int, layout: str | Layout) 
         if imbalance(mask, tried[-1]) <= BALANCED:
             break
     return tried
+
+
+def fitting(layout: Layout, mask: Mask) -> Layout:
+    """A given layout; raises UserError where it is for another number of tokens than the mask."""
+    if layout.seq_len != mask.seq_len:
+        raise UserError(
+            f"layout for {layout.seq_len} tokens",
+            f"the mask has {mask.seq_len}",
+            "build the layout for the mask's seq_len",
+        )
+    return layout
 
 
 def imbalance(mask: Mask, layout: Layout) -> float:

@@ -1,5 +1,6 @@
 """`ContextParallel`: a group of ranks that share sequences; makes and caches plans."""
 
+import os
 from collections import OrderedDict
 from datetime import timedelta
 from threading import Lock
@@ -8,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn import checks, choice
+from ringattn import checks, choice, planner
+from ringattn.cost import Cluster, peak_bytes
 from ringattn.errors import UserError
 from ringattn.executor import Arena
 from ringattn.layout import Layout
@@ -36,7 +38,10 @@ class ContextParallel:
         kernel: name of a local kernel, or "auto".
         wire_dtype: dtype of travelling partial results: torch.float32 (default; float64 for
             float64 inputs) or `dtype`.
-        ranks_per_node: consecutive ranks that share a node; default from the launcher.
+        cluster: name of a cluster, path of its YAML file, or a `Cluster`: "auto" is then chosen by
+            predicted time on it. None weighs mask area and bytes at a fixed rate.
+        ranks_per_node: consecutive ranks that share a node; default from the launcher, for
+            simulated ranks from the cluster.
         memory_limit: most bytes per batch element that a plan may need beyond the shards.
         timeout: how long a move may take on gloo; the group's own timeout by default.
         options: settings of the method, e.g. {"stages": 4} for direct.
@@ -55,7 +60,7 @@ class ContextParallel:
         layout: "str | Layout" = "auto",
         kernel: str = "auto",
         wire_dtype: torch.dtype | None = None,
-        cluster: str | None = None,
+        cluster: "str | os.PathLike[str] | Cluster | None" = None,
         ranks_per_node: int | None = None,
         memory_limit: int | None = None,
         timeout: timedelta | None = None,
@@ -67,13 +72,14 @@ class ContextParallel:
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
         self.memory_limit, self.timeout = memory_limit, timeout
         self.options = dict(options or {})
-        self.ranks_per_node = ranks_per_node or launcher_ranks_per_node(self.world)
+        self.cluster = checks.cluster(cluster)
+        self.ranks_per_node = ranks_per_node or self._node_size()
         self.shapes = checks.shapes(self.heads, self.head_dim, dtype)
         self.wire = checks.wire(wire_dtype, dtype)
-        checks.names(method, layout, kernel, cluster)
+        checks.names(method, layout, kernel)
         checks.layout_world(layout, self.world)
         checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit)
-        checks.options(self.options, method)
+        checks.options(self.options, method, self.cluster is not None)
         checks.is_duration(timeout)
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
@@ -123,13 +129,41 @@ class ContextParallel:
                 self._plans.popitem(last=False)
         return plan
 
+    def compare(self, mask: Mask, *, exhaustive: bool = False) -> planner.Comparison:
+        """Prices the candidates for a mask on the cluster, fastest first. Pure host work.
+
+        Args:
+            mask: what is attended.
+            exhaustive: price those too that cannot win; the choice is the same.
+
+        Raises:
+            UserError: there is no cluster, or no candidate fits `memory_limit`.
+        """
+        checks.is_mask(mask)
+        if self.cluster is None:
+            raise UserError("cluster=None", "prices need a cluster", 'pass e.g. cluster="h100_sxm"')
+        kernel = self.kernel if self.kernel in self.cluster.kernels else None
+        return planner.compare(
+            mask,
+            self.world,
+            self.ranks_per_node,
+            self.layout,
+            self.method,
+            self._problem,
+            planner.Terms(cluster=self.cluster, kernel=kernel, memory_limit=self.memory_limit),
+            exhaustive=exhaustive,
+        )
+
     def _build(self, mask: Mask) -> Plan:
+        if self.cluster is not None and "auto" in (self.method, self.layout):
+            best = self.compare(mask).best
+            return Plan(self, mask, best.layout, best.candidate.method, best.schedules)
         layout, method, schedules = choice.choose(
             mask, self.world, self.ranks_per_node, self.layout, self.method, self._problem
         )
         plan = Plan(self, mask, layout, method, schedules)
         if self.memory_limit is not None:
-            need = max(plan.peak_bytes(rank) for rank in range(self.world))
+            need = max(int(peak_bytes(schedule).max()) for schedule in schedules)
             if need > self.memory_limit:
                 raise UserError(
                     f"memory_limit={self.memory_limit}",
@@ -137,6 +171,12 @@ class ContextParallel:
                     "raise the limit, use more ranks or another method",
                 )
         return plan
+
+    def _node_size(self) -> int:
+        """Ranks of a node where the caller does not say."""
+        if self.simulated and self.cluster is not None:
+            return min(self.cluster.ranks_per_node, self.world)
+        return launcher_ranks_per_node(self.world)
 
     def _problem(self, mask: Mask, layout: Layout) -> Problem:
         return Problem(

@@ -9,6 +9,7 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import BAND, BAND_FIELDS, ceil_div, expand_ranges
+from ringattn.errors import UserError
 
 SEGMENT = np.dtype(
     [(name, np.int64) for name in ("start", "stop", "step", "group", "owner", "offset")]
@@ -17,6 +18,7 @@ PIECE = np.dtype(
     [(name, np.int64) for name in ("qseg", "kseg", "band")]
     + [(name, np.int64) for name in ("q0", "q1", "k0", "k1", "lo", "hi", "step", "area")]
 )
+MAX_TILES = 1 << 21
 _GROUP = 1 << 41  # larger than any token id, so that (group, token) orders as one integer
 
 
@@ -56,6 +58,7 @@ def intersect(bands: np.ndarray, q_segments: np.ndarray, k_segments: np.ndarray)
     """All tiles of the bands over pairs of a query and a key segment of the same group.
 
     A query segment of group g meets key segments of group g only. All segments share one step.
+    Raises UserError beyond `MAX_TILES` candidates.
 
     Returns:
         A table of dtype `PIECE`: segment and band indices, tile in buffer rows, area. Tiles are
@@ -73,6 +76,12 @@ def intersect(bands: np.ndarray, q_segments: np.ndarray, k_segments: np.ndarray)
     keep = (q0 < q1) & (k0 < k1)
     band, qs, k0, k1 = band[keep], qs[keep], k0[keep], k1[keep]
     which, ks = _Index(k_segments).candidates(q_segments["group"][qs], k0, k1)
+    if len(which) > MAX_TILES:
+        raise UserError(
+            f"a plan of {len(which):,} tiles",
+            f"at most {MAX_TILES:,} are planned: every range of queries meets every one of keys",
+            "use a layout of fewer, longer ranges, such as zigzag, or larger chunks",
+        )
     band, qs = band[which], qs[which]
     tile, keep = _see(bands[band], q_segments[qs], k_segments[ks])
     out = np.empty(len(tile), dtype=PIECE)

@@ -28,7 +28,16 @@ hypothesis.settings.load_profile("ringattn")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
+    parser.addoption(
+        "--grid-seconds", type=float, help="with --full: each grid starts no case later than this"
+    )
     parser.addoption("--seed", type=int, default=0, help="base seed of every test (default 0)")
+
+
+@pytest.fixture
+def grid_seconds(request: pytest.FixtureRequest) -> float | None:
+    """Time that a grid may take, from ``--grid-seconds``; None for as long as it takes."""
+    return request.config.getoption("--grid-seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import platform
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -66,6 +67,7 @@ def run_grid(
     folders: Iterable[str] = ATTENTION_SOURCES,
     axes: tuple[str, ...] = ("mask", "method", "layout"),
     results: Path = RESULTS,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs the cases not yet run on these sources, writes the summary and returns it.
 
@@ -73,6 +75,8 @@ def run_grid(
         check: errors by tensor name; each must be at most ``tolerance`` and not NaN.
         folders: the sources that the results depend on.
         axes: the summary counts outcomes by each value of these axes.
+        seconds: no case starts later than this; the summary then counts what was not run, and a
+            rerun goes on there. None runs everything.
 
     Raises AssertionError, after all cases, naming the failed ones.
     """
@@ -81,16 +85,21 @@ def run_grid(
     journal = results / f"{name}.jsonl"
     done = {r.case: r for r in _read(journal) if r.digest == digest and r.status != "failed"}
     outcome: dict[str, Result] = {}
+    not_run, end = 0, math.inf if seconds is None else time.monotonic() + seconds
     with journal.open("a", encoding="utf-8") as file:
         _end_torn_line(journal, file)
         for case in cases:
             key = case_id(case)
+            if key not in done and time.monotonic() > end:
+                not_run += 1
+                continue
             if key not in done:
                 done[key] = _run_case(case, check, tolerance, digest)
                 file.write(json.dumps(asdict(done[key]), default=str) + "\n")
                 file.flush()
             outcome[key] = done[key]
     summary = _summarise(list(outcome.values()), tolerance, digest, axes)
+    summary["total"]["not_run"] = not_run
     write_summary(name, summary, results)
     failed = [result for result in outcome.values() if result.status == "failed"]
     lines = [f"{r.case}: {r.message.strip().splitlines()[-1]}" for r in failed[:MAX_REPORTED]]
@@ -185,7 +194,8 @@ def _markdown(name: str, summary: dict[str, Any]) -> str:
         f"## {name}",
         "",
         f"Largest relative error allowed: {summary['tolerance']:.0e}. "
-        f"Sources {summary['sources']}, {versions}.",
+        f"Sources {summary['sources']}, {versions}. "
+        f"Cases not run yet: {summary['total'].get('not_run', 0)}.",
         "",
         "| | ok | refused | failed | largest error |",
         "|---|---|---|---|---|",

@@ -36,7 +36,13 @@ def test_a_rerun_skips_what_passed_and_keeps_the_summary(tmp_path: Path) -> None
     summary = run_grid("g", CASES, first, tolerance=1e-12, results=tmp_path)
     assert summary == run_grid("g", CASES, second, tolerance=1e-12, results=tmp_path)
     assert (len(first.calls), second.calls) == (4, [])
-    assert summary["total"] == {"ok": 4, "refused": 0, "failed": 0, "max_error": 1e-14}
+    assert summary["total"] == {
+        "ok": 4,
+        "refused": 0,
+        "failed": 0,
+        "max_error": 1e-14,
+        "not_run": 0,
+    }
     assert summary["by"]["mask"]["causal"]["ok"] == 2
 
 

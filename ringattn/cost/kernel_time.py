@@ -11,7 +11,7 @@ import numpy as np
 from ringattn import bands as band_ops
 from ringattn.bands import ceil_div
 from ringattn.cost.cluster import Cluster, Curve
-from ringattn.schedule import Schedule, bands_of
+from ringattn.schedule import Direction, Schedule, Shapes, bands_of
 
 _SLOTS = 1 << 10  # more than any slot number
 _OPEN = np.int64(1 << 40)
@@ -38,10 +38,15 @@ class Load:
     merged: np.ndarray
 
 
-def flops_per_pair(schedule: Schedule) -> float:
+def pair_flops(shapes: Shapes, direction: Direction) -> float:
     """FLOPs of one (query, key) pair and head: 2 products forward, 5 backward (recomputing)."""
-    qk, v = schedule.shapes.qk_dim, schedule.shapes.v_dim
-    return 2.0 * (qk + v) if schedule.direction == "forward" else 2.0 * (3 * qk + 2 * v)
+    qk, v = shapes.qk_dim, shapes.v_dim
+    return 2.0 * (qk + v) if direction == "forward" else 2.0 * (3 * qk + 2 * v)
+
+
+def flops_per_pair(schedule: Schedule) -> float:
+    """FLOPs of one pair and head of a schedule."""
+    return pair_flops(schedule.shapes, schedule.direction)
 
 
 def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What every plan generator needs: the problem, local and remote tiles, tasks, finishing."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,7 @@ from ringattn.tiles import intersect
 
 NONE = 1 << 40  # no row: above every row number
 BLOCK = 128  # rows or keys that a kernel handles at once
+_TILES = ("pieces", "q_rank", "k_rank")  # of a problem; they do not depend on its options
 EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
 
@@ -66,6 +67,14 @@ class Problem:
     def k_rank(self) -> np.ndarray:
         """Owner of the key rows of each piece."""
         return self.layout.ranges["owner"][self.pieces["kseg"]]
+
+    def with_options(self, options: dict[str, int]) -> "Problem":
+        """The same problem with other settings; tiles that are known already are shared."""
+        if options == self.options:
+            return self
+        other = replace(self, options=options)
+        vars(other).update({name: vars(self)[name] for name in _TILES if name in vars(self)})
+        return other
 
     def lanes(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         """The lane of moves between ranks."""

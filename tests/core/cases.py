@@ -219,3 +219,13 @@ def problem(
         "options": {"stages": int(stages)} if stages else {},
     }
     return Problem(**(settings | changes))
+
+
+def mixed(cases: list[Case]) -> list[Case]:
+    """The cases in a fixed mixed order, so that a part of a grid is a sample of all of it; the
+    methods that others build on come first."""
+    basic = ("ring", "direct")
+    shuffled = np.random.default_rng(0).permutation(len(cases))
+    return sorted(
+        (cases[i] for i in shuffled), key=lambda c: c["method"].partition(":")[0] not in basic
+    )

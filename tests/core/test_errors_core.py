@@ -16,6 +16,12 @@ from tests.ranks import run_ranks
 S = 64
 
 
+def _too_many_tiles() -> None:
+    """A million tokens dealt one by one to 64 ranks, in 600 documents."""
+    mask = masks.documents([1747] * 600, causal=True)
+    ra.ContextParallel(64, heads=(4, 1), head_dim=8, method="direct", layout="striped").plan(mask)
+
+
 def _context(group: Any = 2, **options: Any) -> ra.ContextParallel:
     return ra.ContextParallel(group, **({"heads": (4, 1), "head_dim": 8} | options))
 
@@ -96,6 +102,7 @@ BAD: list[Bad] = [
         "wire_dtype=torch.float16",
         "torch.float32 or the input dtype",
     ),
+    ("a plan of too many tiles", _too_many_tiles, "tiles", "at most"),
     ("an unknown method", lambda: _context(method="rign"), "'rign'", "ring, burst"),
     ("an unknown layout", lambda: _context(layout="zig"), "'zig'", "zigzag"),
     ("a layout that is none", lambda: _context(layout=3), "layout=3", "zigzag"),

@@ -19,6 +19,7 @@ from tests.core.cases import (
     Case,
     inputs_of,
     mask_of,
+    mixed,
     plan_of,
     reference_of,
 )
@@ -65,7 +66,7 @@ def test_a_covering_part_of_the_product(world: int) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(8 * 3600)
-def test_the_whole_product() -> None:
+def test_the_whole_product(grid_seconds: float | None) -> None:
     names = ("world", "mask", "layout", "method", "group")
     values = itertools.product(AXES["world"], MASKS, LAYOUTS, METHOD_NAMES, AXES["group"])
     # The extras are exercised by the simulated product; they travel with the cases in turn.
@@ -78,7 +79,7 @@ def test_the_whole_product() -> None:
         by_rank = run_ranks(case["world"], run_cases, [case], timeout=60)
         return _errors(case, [results[0] for results in by_rank])
 
-    run_grid("attention_gloo", cases, check, tolerance=TOLERANCE)
+    run_grid("attention_gloo", mixed(cases), check, tolerance=TOLERANCE, seconds=grid_seconds)
 
 
 def _on_a_mesh(

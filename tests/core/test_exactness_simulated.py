@@ -26,6 +26,7 @@ from tests.core.cases import (
     inputs,
     inputs_of,
     mask_of,
+    mixed,
     plan_of,
     reference_of,
 )
@@ -80,7 +81,7 @@ def test_the_covering_part_covers_every_mask_layout_and_method() -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(4 * 3600)
-def test_the_whole_product() -> None:
+def test_the_whole_product(grid_seconds: float | None) -> None:
     # The extras (sinks, softcap, other value dims) travel with the cases of matmul in turn.
     extras = [kernel for kernel in KERNELS if kernel != "cpu_flash"]
     names = ("mask", "layout", "method", "world", "group")
@@ -90,7 +91,13 @@ def test_the_whole_product() -> None:
         case = dict(zip(names, value, strict=True))
         cases += [case | {"kernel": k} for k in ("cpu_flash", extras[index % len(extras)])]
     batched = [case | {"batch": 2 if case["kernel"] == "matmul" else 1} for case in cases]
-    run_grid("attention_simulated", batched, simulated_errors, tolerance=TOLERANCE)
+    run_grid(
+        "attention_simulated",
+        mixed(batched),
+        simulated_errors,
+        tolerance=TOLERANCE,
+        seconds=grid_seconds,
+    )
 
 
 @pytest.mark.parametrize("name", LARGE)

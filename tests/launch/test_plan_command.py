@@ -1,0 +1,123 @@
+"""``ringattn plan``: its table, its JSON, its files, its refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringattn.launch.main import main
+from tests.launch.training import tiny_values, uneven_corpus, write_config
+
+KEYS = {"candidates", "choice", "predicted", "reason"}
+CANDIDATE_KEYS = {
+    "method", "layout", "u", "forward_s", "backward_s", "tflops_per_gpu", "bytes_mean",
+    "bytes_max", "imbalance", "peak_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uneven_corpus(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> str:
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=4)
+    return str(write_config(tmp_path / "config.yaml", values))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
+    """JSON and notes of ``ringattn plan ARGUMENTS --json``."""
+    assert main(["plan", *arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_json(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found, notes = planned(capsys, config, "--cluster", "h100_sxm")
+    assert set(found) == KEYS
+    assert all(set(row) == CANDIDATE_KEYS for row in found["candidates"])
+    assert "first pack of" in notes
+    assert "h100_sxm" in notes
+    seconds = [row["forward_s"] + row["backward_s"] for row in found["candidates"]]
+    assert found["predicted"] == min(seconds)
+    assert seconds == sorted(seconds)
+    first = found["candidates"][0]
+    assert found["choice"] == {key: first[key] for key in ("method", "layout", "u")}
+    names = [(row["layout"], row["method"], row["u"]) for row in found["candidates"]]
+    assert len(set(names)) == len(names)
+    for row in found["candidates"]:
+        for lane in ("intra", "inter"):
+            assert 0 <= row["bytes_mean"][lane] <= row["bytes_max"][lane]
+        assert row["imbalance"] >= 1
+        assert row["tflops_per_gpu"] > 0
+    assert found["choice"]["method"] in found["reason"]
+    assert not (tmp_path / "run").exists()
+    assert planned(capsys, config, "--cluster", "h100_sxm")[0] == found
+
+
+def test_table_names_cluster_choice_and_refusals(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", config, "attention.cluster=a100_sxm"]) == 0
+    out, err = capsys.readouterr()
+    assert "cluster a100_sxm" in out
+    assert "\nchoice: " in out
+    assert not err
+
+
+def test_default_cluster_is_stated(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpu, name in ((False, "cpu_gloo"), (True, "h100_sxm")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert main(["plan", config]) == 0
+        assert f"cluster {name}" in capsys.readouterr().out
+
+
+def test_without_a_corpus_a_causal_mask_is_planned(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Overrides may stand before and after options.
+    found, notes = planned(
+        capsys, config, "data.path=/nowhere", "--cluster", "cpu_gloo", "data.seq_len=512"
+    )
+    assert "is not prepared: planning a causal mask of 512 tokens" in notes
+    assert found["candidates"]
+
+
+def test_pictures_and_trace(
+    config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, trace = tmp_path / "new" / "pictures", tmp_path / "trace.json"
+    planned(capsys, config, "--pictures", str(folder), "--trace", str(trace))
+    for name in ("mask.png", "work.png", "timeline.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+BAD = {
+    "unknown cluster": (["--cluster", "h1000"], "cluster=h1000"),
+    "unknown cluster in the config": (["attention.cluster=h1000"], "cluster=h1000"),
+    "cluster file of something else": (["--cluster", "{config}"], "unknown"),
+    "unknown method": (["attention.method=rnig"], "rnig"),
+    "trace into nothing": (["--trace", "/nowhere/trace.json"], "/nowhere/trace.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calls_end_with_one_line(
+    case: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra, words = BAD[case]
+    assert main(["plan", config, *(word.format(config=config) for word in extra)]) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("ringattn: ")]
+    assert len(lines) == 1, err
+    assert words in lines[0]
+
+
+def test_a_bad_cluster_stops_training(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config, "attention.cluster=h1000", "--dry-run"]) == 2
+    assert "cluster=h1000" in capsys.readouterr().err
