@@ -97,7 +97,7 @@ def load_meta(folder: str | Path) -> CorpusMeta:
         raise UserError(
             f"data.path={str(folder)!r}",
             "holds no prepared corpus (no meta.json)",
-            "make one with: ringattn prepare SOURCE OUT, and name OUT",
+            "make one with: ringattn prepare SOURCE --out DIR, and name DIR",
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

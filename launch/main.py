@@ -86,7 +86,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_config(train)
     train.add_argument(
         "--dry-run", action="store_true",
-        help="check everything, print the resolved configuration, start nothing",
+        help="check everything (a missing corpus is prepared), print the resolved configuration, "
+        "train nothing",
     )  # fmt: skip
     train.set_defaults(run=_train)
 

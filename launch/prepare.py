@@ -227,8 +227,8 @@ def _check_splits(source: Source, holdout: float, writers: dict[str, SplitWriter
             raise UserError(
                 f"holdout={holdout}",
                 f"leaves the {split} split without any of the {total} documents",
-                "change holdout or seed, name a separator that cuts text files into more "
-                "documents, or use holdout 0",
+                "change --holdout or --seed, name a --separator that cuts text files into more "
+                "documents, or use --holdout 0",
             )
 
 

@@ -133,7 +133,11 @@ def _check(
             f"temperature={temperature}", "must be 0 or more and finite", "use 0.8, or 0 for greedy"
         )
     if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}", "must be at least 1", "use 50, or none for all tokens")
+        raise UserError(
+            f"top_k={top_k}",
+            "must be at least 1",
+            "use 50, or 0 on the command line for all tokens",
+        )
     if max(ids) >= model.cfg.vocab_size:
         raise UserError(
             f"token id {max(ids)} of the prompt",

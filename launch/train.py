@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,8 @@ from ringattn.launch.job import open_job, prepare_corpus
 from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
 from ringattn.launch.session import open_session, open_store
 from ringattn.launch.trainer import Trainer
+
+_REPORT_GRACE_S = 10.0
 
 
 def train(config: Config) -> int:
@@ -71,8 +74,12 @@ def _run_rank(config: Config, ranks: Ranks) -> int:
 
     def claim(code: int) -> int | None:
         if not stores:
-            # Until ranks can talk, all of them make the same checks: the first one reports.
-            return None if ranks.rank == 0 else code
+            # Until ranks can talk, all of them make the same checks: the first one reports. The
+            # others stay a moment, because a launcher stops every rank once one has ended.
+            if ranks.rank == 0:
+                return None
+            time.sleep(_REPORT_GRACE_S)
+            return code
         return claim_failure(stores[0], ranks.rank, code)
 
     def body() -> None:

@@ -49,6 +49,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Exact softmax attention of this rank's queries over the whole sequence.
 
@@ -62,6 +63,7 @@ def attention(
         scale: multiplies the logits; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: (Hq,) learned logits that join every row's denominator.
+        dropout: must be 0. Ranks would have to draw the same mask for a pair whoever computes it.
 
     Returns:
         (B, T, Hq, E) in q's dtype. Rows that may attend nothing are 0.
@@ -71,9 +73,18 @@ def attention(
         CommunicationError: a move failed or timed out; names rank, step and move.
     """
     check_softcap(softcap)
+    if dropout:
+        raise UserError(
+            f"dropout={dropout}",
+            "attention dropout is not supported: partial results would need one random stream",
+            "pass 0 and drop elsewhere in the model",
+        )
+    handle = getattr(plan, "handle", None)
+    if handle is None:
+        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    out, _ = _attention(q, k, v, sinks, plan.handle, scale, softcap or 0.0)
+    out, _ = _attention(q, k, v, sinks, handle, scale, softcap or 0.0)
     return out
 
 

@@ -103,6 +103,18 @@ BAD: list[Bad] = [
         "torch.float32 or the input dtype",
     ),
     ("a plan of too many tiles", _too_many_tiles, "tiles", "at most"),
+    (
+        "a mask in place of a plan",
+        lambda: ra.attention(*[torch.zeros(1, 4, 2, 8)] * 3, masks.causal(4)),  # type: ignore[arg-type]
+        "plan=",
+        "ringattn.Plan",
+    ),
+    (
+        "attention dropout",
+        lambda: ra.attention(*[torch.zeros(1, 4, 2, 8)] * 3, None, dropout=0.1),  # type: ignore[arg-type]
+        "dropout=0.1",
+        "random stream",
+    ),
     ("an unknown method", lambda: _context(method="rign"), "'rign'", "ring, burst"),
     ("an unknown layout", lambda: _context(layout="zig"), "'zig'", "zigzag"),
     ("a layout that is none", lambda: _context(layout=3), "layout=3", "zigzag"),
