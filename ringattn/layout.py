@@ -129,7 +129,7 @@ def join(table: np.ndarray) -> np.ndarray:
     if len(table) < 2:
         return table
     a, b = table[:-1], table[1:]
-    breaks = (a["owner"] != b["owner"]) | (a["stop"] != b["start"])
+    breaks = (a["group"] != b["group"]) | (a["owner"] != b["owner"]) | (a["stop"] != b["start"])
     first = np.concatenate([[0], np.flatnonzero(breaks) + 1])
     joined = table[first]
     joined["stop"] = table["stop"][np.concatenate([first[1:] - 1, [len(table) - 1]])]

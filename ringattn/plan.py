@@ -165,18 +165,22 @@ class Plan:
         (dq,), (dk, dv) = run.slots[Channel.DQ, 0], run.slots[Channel.DKV, 0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def _run(self, direction: Direction, home: Slots, scale: float, softcap: float | None) -> Run:
-        context = self.context
+    def kernel_name(self, home: Slots, softcap: float | None) -> str:
+        """The local kernel that the context chooses for such home slots."""
         q, (_, v) = home[Channel.Q, 0][0], home[Channel.K, 0]
         kernel = choose_kernel(
-            context.kernel,
+            self.context.kernel,
             device=q.device.type,
             dtype=q.dtype,
             head_dim=(q.shape[-1], v.shape[-1]),
             softcap=softcap,
         )
-        program = self.program(direction, context.rank, kernel.name, q.device)
-        fabric = context.fabric(q.device)
+        return kernel.name
+
+    def _run(self, direction: Direction, home: Slots, scale: float, softcap: float | None) -> Run:
+        context, device = self.context, home[Channel.Q, 0][0].device
+        program = self.program(direction, context.rank, self.kernel_name(home, softcap), device)
+        fabric = context.fabric(device)
         if not self._agreed:
             self._agree(fabric)
         fabric.open(program.classes)

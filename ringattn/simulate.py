@@ -8,7 +8,6 @@ import torch
 from ringattn.checks import check_softcap, check_tensors
 from ringattn.errors import UserError
 from ringattn.executor import Arena, Run, Slots, backward_home, forward_home
-from ringattn.kernels.select import choose_kernel
 from ringattn.parallel.fabric import LocalFabric
 from ringattn.plan import Plan
 from ringattn.schedule import Channel, Direction
@@ -85,17 +84,10 @@ def simulate(
 def _lockstep(
     plan: Plan, direction: Direction, homes: list[Slots], scale: float, softcap: float | None
 ) -> tuple[list[Run], tuple[int, ...]]:
-    q, v = homes[0][Channel.Q, 0][0], homes[0][Channel.K, 0][1]
-    kernel = choose_kernel(
-        plan.context.kernel,
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=(q.shape[-1], v.shape[-1]),
-        softcap=softcap,
-    )
+    kernel, device = plan.kernel_name(homes[0], softcap), homes[0][Channel.Q, 0][0].device
     runs = []
     for rank, fabric in enumerate(LocalFabric.group(plan.world)):
-        program = plan.program(direction, rank, kernel.name, q.device)
+        program = plan.program(direction, rank, kernel, device)
         runs.append(Run(program, fabric, Arena(), homes[rank], scale, softcap))
     for index in range(plan.schedule(direction).nsteps):
         for run in runs:

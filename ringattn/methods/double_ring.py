@@ -73,7 +73,7 @@ def _plan(problem: Problem, direction: Direction) -> Schedule:
     moves = [_inner_keys(rings), _crossing_keys(rings)]
     tasks = tasks_of(
         problem, problem.pieces, problem.q_rank, rings.time(window, inner),
-        kslot=_key_slot(window, inner), gslot=_gradient_slot(window, inner),
+        kslot=_slot(window, inner), gslot=_slot(window, inner),
     )  # fmt: skip
     if direction == "backward":
         returns = np.concatenate([_inner_gradients(rings), _crossing_gradients(rings)])
@@ -90,12 +90,9 @@ def _turn(count: np.ndarray, first: int) -> np.ndarray:
     return first + (count - 1) % 2
 
 
-def _key_slot(window: np.ndarray, inner: np.ndarray) -> np.ndarray:
+def _slot(window: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The slot of a block, and of its gradient, at (window, inner step)."""
     return np.where(inner > 0, _turn(inner, 3), np.where(window > 0, _turn(window, 1), 0))
-
-
-def _gradient_slot(window: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    return _key_slot(window, inner)
 
 
 def _columns(rings: _Rings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,7 +113,7 @@ def _inner_keys(rings: _Rings) -> np.ndarray:
     return moves_of(
         rings.problem, len(block), post=rings.time(window, inner - 1),
         src=rings.place(block, window, inner - 1), dst=rings.place(block, window, inner),
-        channel=Channel.K, sslot=_key_slot(window, inner - 1), dslot=_key_slot(window, inner),
+        channel=Channel.K, sslot=_slot(window, inner - 1), dslot=_slot(window, inner),
         op=Op.SET, dtype=Wire.INPUT, **_span(low, high, (block, window, inner)),
     )  # fmt: skip
 
@@ -132,7 +129,7 @@ def _crossing_keys(rings: _Rings) -> np.ndarray:
         rings.problem, len(block), post=rings.time(window - 1, zero),
         land=rings.time(window, zero) - 1,
         src=rings.place(block, window - 1, zero), dst=rings.place(block, window, zero),
-        channel=Channel.K, sslot=_key_slot(window - 1, zero), dslot=_key_slot(window, zero),
+        channel=Channel.K, sslot=_slot(window - 1, zero), dslot=_slot(window, zero),
         op=Op.SET, dtype=Wire.INPUT, **_span(low, high, (block, window)),
     )  # fmt: skip
 
@@ -154,8 +151,8 @@ def _inner_gradients(rings: _Rings) -> np.ndarray:
     return moves_of(
         rings.problem, len(block), post=rings.time(window, inner + 1),
         src=rings.place(block, window, inner), dst=rings.place(block, window, following),
-        channel=Channel.DKV, sslot=_gradient_slot(window, inner),
-        dslot=_gradient_slot(window, following), op=Op.ADD, take=1, dtype=rings.problem.wire,
+        channel=Channel.DKV, sslot=_slot(window, inner),
+        dslot=_slot(window, following), op=Op.ADD, take=1, dtype=rings.problem.wire,
         **_span(low, high, (block, window, inner)),
     )  # fmt: skip
 
@@ -173,6 +170,6 @@ def _crossing_gradients(rings: _Rings) -> np.ndarray:
         rings.problem, len(block), post=complete,
         land=np.maximum(rings.time(window + 2, zero) - 1, complete),
         src=rings.place(block, window, zero), dst=block, channel=Channel.DKV,
-        sslot=_gradient_slot(window, zero), op=Op.ADD, take=1, dtype=rings.problem.wire,
+        sslot=_slot(window, zero), op=Op.ADD, take=1, dtype=rings.problem.wire,
         **_span(low, high, (block, window)),
     )  # fmt: skip

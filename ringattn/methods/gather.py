@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.bands import expand_ranges
+from ringattn.layout import join
 from ringattn.methods.common import Problem, finish, halve, moves_of, tasks_of
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT, intersect
@@ -88,15 +89,7 @@ def _buffer_segments(problem: Problem, rows: _Rows) -> np.ndarray:
     table["start"] = ranges["start"] + (rows.s0 - ranges["offset"]) * ranges["step"]
     table["stop"] = table["start"] + rows.rows * ranges["step"]
     table["group"], table["owner"], table["offset"] = rows.receiver, rows.stage, rows.d0
-    table = table[np.lexsort((rows.d0, rows.stage, rows.receiver))]
-    if len(table) < 2:
-        return table
-    a, b = table[:-1], table[1:]
-    breaks = (a["group"] != b["group"]) | (a["owner"] != b["owner"]) | (a["stop"] != b["start"])
-    opens = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    joined = table[opens]
-    joined["stop"] = table["stop"][np.concatenate([opens[1:] - 1, [len(table) - 1]])]
-    return joined
+    return join(table[np.lexsort((rows.d0, rows.stage, rows.receiver))])
 
 
 def _slot(stage: np.ndarray) -> np.ndarray:
