@@ -1,6 +1,7 @@
 """Local attention kernels: softmax attention of query rows and key rows over a list of tiles."""
 
 from ringattn.kernels.base import Kernel
+from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, BlockTiles, Selection
 from ringattn.kernels.cpu_flash import CpuFlashKernel
 from ringattn.kernels.matmul import MatmulKernel
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
@@ -9,11 +10,15 @@ from ringattn.kernels.select import choose_kernel, kernel_by_name, kernel_names
 from ringattn.kernels.tiles import TILE
 
 __all__ = [
+    "BLOCK_TILE",
     "TILE",
+    "BlockMatrix",
+    "BlockTiles",
     "CpuFlashKernel",
     "DenseAttention",
     "Kernel",
     "MatmulKernel",
+    "Selection",
     "accumulator_dtype",
     "choose_kernel",
     "dense_attention",

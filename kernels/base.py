@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ringattn.kernels.block_matrix import BlockTiles, Selection
+
 
 class Kernel(Protocol):
     """Local attention over a tile list. Stateless: `prepare` holds whatever can be done once."""
@@ -26,8 +28,13 @@ class Kernel(Protocol):
         """Why this kernel cannot run such inputs (value, rule), or None when it can."""
         ...
 
-    def prepare(self, tiles: np.ndarray, device: torch.device) -> Any:
-        """Turns a table of dtype `TILE` into what forward and backward take. Once per plan."""
+    def prepare(
+        self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
+    ) -> Any:
+        """Turns a table of dtype `TILE`, and block tiles, into what forward and backward take.
+
+        Once per plan.
+        """
         ...
 
     def forward(
@@ -41,10 +48,12 @@ class Kernel(Protocol):
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """Merges softmax attention over the tiles into (out, lse), in place.
 
         (out, lse) hold a partial result normalised by its own lse; (0, -inf) is the identity.
+        `selection` holds the blocks of run-time matrices.
         """
         ...
 
@@ -63,6 +72,7 @@ class Kernel(Protocol):
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """Adds the tiles' gradients to dq, dk, dv, in place.
 

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.cpu_backward import add_window_gradients
 from ringattn.kernels.cpu_calls import Call, build_calls
 from ringattn.kernels.cpu_cells import key_strip_cells, row_strip_cells
 from ringattn.kernels.cpu_views import batch_rows, key_blocks, query_blocks, unit_stride
 from ringattn.kernels.heads import head_parts, head_windows
-from ringattn.kernels.lattice import LatticeTile
-from ringattn.kernels.matmul import MatmulKernel
+from ringattn.kernels.matmul import MatmulKernel, PreparedTiles
 from ringattn.kernels.merge import NO_KEY, accumulator_dtype, merge_partial
 
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -56,8 +56,10 @@ class PreparedCalls(NamedTuple):
     forward: tuple[Call, ...]
     backward: tuple[Call, ...]
     backward_bf16: tuple[Call, ...]
-    backward_small: tuple[LatticeTile, ...]
+    backward_small: PreparedTiles
     """Tiles whose backward is `MatmulKernel`'s; the other two backward lists leave them out."""
+    blocks: PreparedTiles
+    """Block tiles; their forward is `MatmulKernel`'s too."""
 
 
 class CpuFlashKernel:
@@ -79,8 +81,10 @@ class CpuFlashKernel:
             return f"softcap {softcap} is not supported by the CPU flash op"
         return None
 
-    def prepare(self, tiles: np.ndarray, device: torch.device) -> PreparedCalls:
-        """The op calls of a tile table."""
+    def prepare(
+        self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
+    ) -> PreparedCalls:
+        """The op calls of a tile table; block tiles are left to the matmul kernel."""
         small = _is_small(tiles)
         large = tiles[~small]
         return PreparedCalls(
@@ -88,6 +92,7 @@ class CpuFlashKernel:
             build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=False)),
             build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=True)),
             _small_kernel.prepare(tiles[small], device),
+            _small_kernel.prepare(tiles[:0], device, blocks),
         )
 
     @torch.no_grad()
@@ -102,8 +107,11 @@ class CpuFlashKernel:
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """See `Kernel.forward`."""
+        options = {"scale": scale, "softcap": softcap, "selection": selection}
+        _small_kernel.forward(q, k, v, prepared.blocks, out, lse, **options)
         if not prepared.forward:
             return
         dtype = accumulator_dtype(q.dtype)
@@ -132,13 +140,14 @@ class CpuFlashKernel:
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """See `Kernel.backward`."""
         if q.shape[0] == 0:
             return
-        small, grads = prepared.backward_small, (dq, dk, dv)
-        options = {"scale": scale, "softcap": softcap}
-        _small_kernel.backward(dout, q, k, v, lse, delta, small, *grads, **options)
+        options = {"scale": scale, "softcap": softcap, "selection": selection}
+        for tiles in (prepared.blocks, prepared.backward_small):
+            _small_kernel.backward(dout, q, k, v, lse, delta, tiles, dq, dk, dv, **options)
         if not prepared.backward:
             return
         wide = accumulator_dtype(q.dtype)

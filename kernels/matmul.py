@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ringattn.kernels.block_matrix import BlockTiles, Selection
+from ringattn.kernels.block_rows import Block, Part, RowTile, block_parts, row_tiles
 from ringattn.kernels.heads import head_parts
 from ringattn.kernels.lattice import LatticeTile, lattice_tiles
 from ringattn.kernels.merge import NO_KEY, accumulator_dtype, merge_partial
@@ -23,15 +25,14 @@ QUERY_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Buffer rows of one block, and the mask (rows, keys) of it, None where all is allowed."""
+class PreparedTiles:
+    """Band tiles on their own lattices, and block tiles cut at block edges."""
 
-    q: slice
-    k: slice
-    mask: torch.Tensor | None
+    bands: tuple[LatticeTile, ...]
+    blocks: tuple[RowTile, ...]
 
 
-def _blocks(tile: LatticeTile, rows_at_once: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(tile: LatticeTile, rows_at_once: int, device: torch.device) -> Iterator[Block]:
     for a0 in range(0, tile.rows, rows_at_once):
         a1 = min(a0 + rows_at_once, tile.rows)
         first, last = max(0, a0 + tile.lo), min(tile.keys, a1 + tile.hi)
@@ -43,14 +44,16 @@ def _blocks(tile: LatticeTile, rows_at_once: int, device: torch.device) -> Itera
                     a0, a1, device=device
                 ).unsqueeze(-1)
                 mask = (distance >= tile.lo) & (distance <= tile.hi)
-            yield _Block(_rows(tile.q0, a0, a1, tile.step), _rows(tile.k0, b0, b1, tile.step), mask)
+            yield Block(_rows(tile.q0, a0, a1, tile.step), _rows(tile.k0, b0, b1, tile.step), mask)
 
 
 def _rows(origin: int, start: int, stop: int, step: int) -> slice:
     return slice(origin + start * step, origin + (stop - 1) * step + 1, step)
 
 
-def _stack(x: torch.Tensor, rows: slice, heads: slice, key_heads: int) -> torch.Tensor:
+def _stack(
+    x: torch.Tensor, rows: slice | torch.Tensor, heads: slice, key_heads: int
+) -> torch.Tensor:
     """(B, T, H, X) → (B, key heads, group * rows, X); group is 1 for keys and values."""
     x = x[:, rows, heads].transpose(1, 2)
     return x.reshape(x.shape[0], key_heads, -1, x.shape[-1])
@@ -88,18 +91,20 @@ def _scores(
 
 
 def _parts(
-    tiles: tuple[LatticeTile, ...], q: torch.Tensor, k: torch.Tensor
-) -> Iterator[tuple[slice, slice, _Block]]:
-    """(query heads, key heads, block) over all tiles."""
+    prepared: PreparedTiles, q: torch.Tensor, k: torch.Tensor, selection: Selection | None
+) -> Iterator[Part]:
+    """(batch, query heads, key heads, block) over all tiles."""
     group = q.shape[2] // k.shape[2]
-    for tile in tiles:
+    for tile in prepared.bands:
         for heads, key_heads in head_parts(tile.h0, tile.h1, group):
             count = q.shape[0] * (heads.stop - heads.start)
             rows_at_once = max(
                 1, min(QUERY_BLOCK, SCORES // (max(count, 1) * min(KEY_BLOCK, tile.keys)))
             )
             for block in _blocks(tile, rows_at_once, q.device):
-                yield heads, key_heads, block
+                yield slice(None), heads, key_heads, block
+    for tile in prepared.blocks:
+        yield from block_parts(tile, q, k, selection, SCORES)
 
 
 class MatmulKernel:
@@ -115,29 +120,32 @@ class MatmulKernel:
             return f"dtype {dtype} is not a floating-point dtype"
         return None
 
-    def prepare(self, tiles: np.ndarray, device: torch.device) -> tuple[LatticeTile, ...]:
-        """The tiles on their own lattices."""
-        return lattice_tiles(tiles)
+    def prepare(
+        self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
+    ) -> PreparedTiles:
+        """The tiles on their own lattices, block tiles cut at block edges."""
+        return PreparedTiles(lattice_tiles(tiles), row_tiles(blocks))
 
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        prepared: tuple[LatticeTile, ...],
+        prepared: PreparedTiles,
         out: torch.Tensor,
         lse: torch.Tensor,
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """See `Kernel.forward`."""
         dtype = accumulator_dtype(q.dtype)
-        for heads, key_heads, block in _parts(prepared, q, k):
+        for batch, heads, key_heads, block in _parts(prepared, q, k, selection):
             n_heads, n_key = heads.stop - heads.start, key_heads.stop - key_heads.start
-            qb = _stack(q, block.q, heads, n_key).to(dtype)
-            kb = _stack(k, block.k, key_heads, n_key).to(dtype)
-            vb = _stack(v, block.k, key_heads, n_key).to(dtype)
+            qb = _stack(q[batch], block.q, heads, n_key).to(dtype)
+            kb = _stack(k[batch], block.k, key_heads, n_key).to(dtype)
+            vb = _stack(v[batch], block.k, key_heads, n_key).to(dtype)
             score, _ = _scores(qb, kb, block.mask, scale, softcap)
             top = score.amax(-1, keepdim=True)
             top.masked_fill_(top == NO_KEY, 0.0)
@@ -146,8 +154,8 @@ class MatmulKernel:
             part_out = (prob @ vb).div_(total.clamp_min(torch.finfo(dtype).tiny))
             part_lse = total.log_().add_(top)
             merge_partial(
-                out[:, block.q, heads],
-                lse[:, block.q, heads],
+                out[batch, block.q, heads],
+                lse[batch, block.q, heads],
                 _unstack(part_out, n_heads),
                 _unstack(part_lse, n_heads).squeeze(-1),
             )
@@ -160,30 +168,31 @@ class MatmulKernel:
         v: torch.Tensor,
         lse: torch.Tensor,
         delta: torch.Tensor,
-        prepared: tuple[LatticeTile, ...],
+        prepared: PreparedTiles,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
         *,
         scale: float,
         softcap: float | None,
+        selection: Selection | None = None,
     ) -> None:
         """See `Kernel.backward`."""
         dtype = accumulator_dtype(q.dtype)
         lse = lse.masked_fill(lse == NO_KEY, float("inf"))  # a row without keys: exp(x - inf) = 0
-        for heads, key_heads, block in _parts(prepared, q, k):
+        for batch, heads, key_heads, block in _parts(prepared, q, k, selection):
             n_heads, n_key = heads.stop - heads.start, key_heads.stop - key_heads.start
-            qb = _stack(q, block.q, heads, n_key).to(dtype)
-            gb = _stack(dout, block.q, heads, n_key).to(dtype)
-            kb = _stack(k, block.k, key_heads, n_key).to(dtype)
-            vb = _stack(v, block.k, key_heads, n_key).to(dtype)
-            row_lse = _stack(lse.unsqueeze(-1), block.q, heads, n_key)
-            row_delta = _stack(delta.unsqueeze(-1), block.q, heads, n_key)
+            qb = _stack(q[batch], block.q, heads, n_key).to(dtype)
+            gb = _stack(dout[batch], block.q, heads, n_key).to(dtype)
+            kb = _stack(k[batch], block.k, key_heads, n_key).to(dtype)
+            vb = _stack(v[batch], block.k, key_heads, n_key).to(dtype)
+            row_lse = _stack(lse[batch].unsqueeze(-1), block.q, heads, n_key)
+            row_delta = _stack(delta[batch].unsqueeze(-1), block.q, heads, n_key)
             score, squashed = _scores(qb, kb, block.mask, scale, softcap)
             prob = score.sub_(row_lse).exp_()
-            dv[:, block.k, key_heads] += _key_product(prob, gb, n_heads)
+            dv[batch][:, block.k, key_heads] += _key_product(prob, gb, n_heads)
             dscore = (gb @ vb.transpose(-1, -2)).sub_(row_delta).mul_(prob).mul_(scale)
             if squashed is not None:
                 dscore.mul_(1 - squashed.square())
-            dq[:, block.q, heads] += _unstack(dscore @ kb, n_heads)
-            dk[:, block.k, key_heads] += _key_product(dscore, qb, n_heads)
+            dq[batch, block.q, heads] += _unstack(dscore @ kb, n_heads)
+            dk[batch][:, block.k, key_heads] += _key_product(dscore, qb, n_heads)

@@ -5,7 +5,7 @@ from ringattn.context import ContextParallel
 from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.layout import Layout
 from ringattn.masks import Mask
-from ringattn.operators import attention
+from ringattn.operators import attention, route
 from ringattn.plan import Plan
 from ringattn.reference import reference
 from ringattn.simulate import Simulated, simulate
@@ -25,6 +25,7 @@ __all__ = [
     "layouts",
     "masks",
     "reference",
+    "route",
     "simulate",
     "verify",
 ]

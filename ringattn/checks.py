@@ -12,6 +12,7 @@ from ringattn.errors import UserError
 from ringattn.kernels.select import kernel_names
 from ringattn.layout import Layout
 from ringattn.masks import Mask
+from ringattn.routing import selection_shape
 from ringattn.schedule import Shapes, Wire
 
 if TYPE_CHECKING:
@@ -209,4 +210,22 @@ def check_tensors(
             f"sinks of shape {tuple(sinks.shape)} on {sinks.device}",
             f"must be ({hq},), one logit per query head, on {q.device}",
             "pass a parameter of that shape",
+        )
+
+
+def check_blocks(mask: Mask, q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor | None) -> None:
+    """Raises UserError where selected blocks do not fit the mask, or where none are asked for."""
+    if mask.routing is None:
+        if blocks is not None:
+            raise UserError(
+                f"blocks with {mask!r}", "the mask selects no blocks at run time", "pass None"
+            )
+        return
+    expected = (q.shape[0], *selection_shape(mask, q.shape[2], k.shape[2]))
+    if blocks is None or tuple(blocks.shape) != expected or blocks.dtype != torch.int32:
+        given = "None" if blocks is None else f"{blocks.dtype} of shape {tuple(blocks.shape)}"
+        raise UserError(
+            f"blocks={given}",
+            f"must be int32 of shape {expected}",
+            "pass what ringattn.route gives",
         )

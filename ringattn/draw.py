@@ -174,7 +174,7 @@ def pair_unit(largest: int) -> tuple[float, str]:
 
 
 def _described(mask: Mask) -> str:
-    share = 100 * mask.area / max(mask.seq_len**2, 1)
+    share = 100 * mask.area / max(mask.layers * mask.seq_len**2, 1)
     return f"{mask.name} mask of {mask.seq_len:,} tokens ({share:.3g} % of all pairs)"
 
 

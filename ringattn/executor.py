@@ -7,6 +7,7 @@ import torch
 from torch.profiler import record_function
 
 from ringattn.errors import CommunicationError
+from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
 from ringattn.parallel.fabric import Fabric, Handle
 from ringattn.program import Exchange, Message, Part, Program, Step
@@ -103,6 +104,7 @@ class Run:
         arena: memory of slots beyond home and of messages.
         slots: (channel, slot) -> tensors (B, rows, heads[, dim]); holds home slots at the start.
         scale, softcap: of the logits.
+        selection: blocks selected at run time, for plans of routed masks.
     """
 
     program: Program
@@ -111,6 +113,7 @@ class Run:
     slots: Slots
     scale: float
     softcap: float | None
+    selection: Selection | None = None
     _flying: dict[int, _Flight] = field(default_factory=dict)
     _spare: list[torch.Tensor] = field(default_factory=list)
     _whole: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class Run:
 
     def compute(self, step: Step) -> None:
         """Launches the step's kernels, one per distinct operand tuple."""
-        options = {"scale": self.scale, "softcap": self.softcap}
+        options = {"scale": self.scale, "softcap": self.softcap, "selection": self.selection}
         kernel = self.program.kernel
         for launch in step.launches:
             q, *rest = self.slots[Channel.Q, launch.qslot]

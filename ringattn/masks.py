@@ -1,20 +1,20 @@
 """Attention masks as data: named patterns, each a disjoint list of bands over global token ids."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import BAND, OPEN, band_columns
 from ringattn.errors import UserError
+from ringattn.head_masks import blocks, per_head, routed
+from ringattn.mask import Mask, make_mask
 from ringattn.neighborhood import neighborhood_bands
 
 __all__ = [
     "Mask",
     "block_causal_documents",
+    "blocks",
     "causal",
     "causal_blockwise",
     "documents",
@@ -23,60 +23,15 @@ __all__ = [
     "full",
     "global_sliding",
     "neighborhood",
+    "per_head",
     "prefix_lm",
     "prefix_lm_documents",
     "prefix_tree",
+    "routed",
     "shared_question",
     "sliding_window",
     "streaming",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """Which query may attend which key.
-
-    Attributes:
-        seq_len: S, the number of tokens.
-        bands: table of dtype `ringattn.bands.BAND`; disjoint and tight.
-        name: the builder's name, for people.
-    """
-
-    seq_len: int
-    bands: np.ndarray
-    name: str
-
-    @cached_property
-    def area(self) -> int:
-        """Allowed (query, key) pairs, exact."""
-        return int(band_ops.area(self.bands).sum())
-
-    @cached_property
-    def key(self) -> str:
-        """A digest of the allowed pairs' description: equal masks built alike have equal keys."""
-        digest = hashlib.sha256(np.int64(self.seq_len).tobytes())
-        digest.update(np.ascontiguousarray(self.bands).tobytes())
-        return digest.hexdigest()
-
-    def dense(self) -> np.ndarray:
-        """Bool (S, S) array, True where query row may attend key column. For tests and pictures."""
-        return band_ops.dense(self.bands, self.seq_len)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __repr__(self) -> str:
-        return f"Mask({self.name}, seq_len={self.seq_len}, bands={len(self.bands)})"
-
-
-def _mask(seq_len: int, tables: Sequence[np.ndarray], name: str) -> Mask:
-    table = np.concatenate(tables) if tables else np.empty(0, dtype=BAND)
-    tight, _ = band_ops.tighten(table)
-    tight.setflags(write=False)
-    return Mask(seq_len, tight, name)
 
 
 def _positive(**values: int) -> None:
@@ -148,13 +103,13 @@ def from_bands(seq_len: int, rows, name: str = "bands") -> Mask:
 def full(seq_len: int) -> Mask:
     """Every query attends every key."""
     _positive(seq_len=seq_len)
-    return _mask(seq_len, [band_columns(0, seq_len, 0, seq_len)], "full")
+    return make_mask(seq_len, [band_columns(0, seq_len, 0, seq_len)], "full")
 
 
 def causal(seq_len: int) -> Mask:
     """j <= i."""
     _positive(seq_len=seq_len)
-    return _mask(seq_len, [band_columns(0, seq_len, 0, seq_len, hi=0)], "causal")
+    return make_mask(seq_len, [band_columns(0, seq_len, 0, seq_len, hi=0)], "causal")
 
 
 def sliding_window(seq_len: int, left: int, right: int) -> Mask:
@@ -162,14 +117,14 @@ def sliding_window(seq_len: int, left: int, right: int) -> Mask:
     _positive(seq_len=seq_len)
     _at_least_zero(left=left, right=right)
     table = band_columns(0, seq_len, 0, seq_len, -left, right)
-    return _mask(seq_len, [table], "sliding_window")
+    return make_mask(seq_len, [table], "sliding_window")
 
 
 def documents(lengths: Sequence[int], causal: bool) -> Mask:
     """Packed documents: i and j in the same document, and j <= i if causal."""
     start, stop, total = _offsets(lengths)
     table = band_columns(start, stop, start, stop, hi=0 if causal else OPEN)
-    return _mask(total, [table], "documents_causal" if causal else "documents")
+    return make_mask(total, [table], "documents_causal" if causal else "documents")
 
 
 def shared_question(lengths: Sequence[int]) -> Mask:
@@ -177,7 +132,7 @@ def shared_question(lengths: Sequence[int]) -> Mask:
     start, stop, total = _offsets(lengths)
     own = band_columns(start, stop, start, stop, hi=0)
     question = band_columns(stop[0], total, 0, stop[0])
-    return _mask(total, [own, question], "shared_question")
+    return make_mask(total, [own, question], "shared_question")
 
 
 def global_sliding(seq_len: int, width: int) -> Mask:
@@ -188,7 +143,7 @@ def global_sliding(seq_len: int, width: int) -> Mask:
     rows = band_columns(0, g, 0, seq_len)
     columns = band_columns(g, seq_len, 0, g)
     window = band_columns(g, seq_len, g, seq_len, -width, width)
-    return _mask(seq_len, [rows, columns, window], "global_sliding")
+    return make_mask(seq_len, [rows, columns, window], "global_sliding")
 
 
 def causal_blockwise(lengths: Sequence[int]) -> Mask:
@@ -196,7 +151,7 @@ def causal_blockwise(lengths: Sequence[int]) -> Mask:
     start, stop, total = _offsets(lengths)
     own = band_columns(start, stop, start, stop, hi=0)
     before = band_columns(start[-1], total, 0, start[-1])
-    return _mask(total, [own, before], "causal_blockwise")
+    return make_mask(total, [own, before], "causal_blockwise")
 
 
 def prefix_lm(seq_len: int, prefix: int) -> Mask:
@@ -206,7 +161,7 @@ def prefix_lm(seq_len: int, prefix: int) -> Mask:
     p = min(prefix, seq_len)
     columns = band_columns(0, seq_len, 0, p)
     rest = band_columns(p, seq_len, p, seq_len, hi=0)
-    return _mask(seq_len, [columns, rest], "prefix_lm")
+    return make_mask(seq_len, [columns, rest], "prefix_lm")
 
 
 def prefix_lm_documents(lengths: Sequence[int], prefix: int) -> Mask:
@@ -216,7 +171,7 @@ def prefix_lm_documents(lengths: Sequence[int], prefix: int) -> Mask:
     cut = np.minimum(start + prefix, stop)
     columns = band_columns(start, stop, start, cut)
     rest = band_columns(cut, stop, cut, stop, hi=0)
-    return _mask(total, [columns, rest], "prefix_lm_documents")
+    return make_mask(total, [columns, rest], "prefix_lm_documents")
 
 
 def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
@@ -228,7 +183,7 @@ def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
     )
     q0 = start[which] + number * block
     q1 = np.minimum(q0 + block, stop[which])
-    return _mask(total, [band_columns(q0, q1, start[which], q1)], "block_causal_documents")
+    return make_mask(total, [band_columns(q0, q1, start[which], q1)], "block_causal_documents")
 
 
 def streaming(seq_len: int, sinks: int, window: int) -> Mask:
@@ -238,7 +193,7 @@ def streaming(seq_len: int, sinks: int, window: int) -> Mask:
     s = min(sinks, seq_len)
     first = band_columns(0, seq_len, 0, s, hi=0)
     rest = band_columns(s, seq_len, s, seq_len, -(window - 1), 0)
-    return _mask(seq_len, [first, rest], "streaming")
+    return make_mask(seq_len, [first, rest], "streaming")
 
 
 def dual_scope(seq_len: int, clip: int, context: int, stride: int) -> Mask:
@@ -256,7 +211,7 @@ def dual_scope(seq_len: int, clip: int, context: int, stride: int) -> Mask:
     above = band_columns(0, np.minimum(home, j - context), j, j + 1)
     below_start = np.maximum(np.minimum(home + clip, seq_len), j + context + 1)
     below = band_columns(np.minimum(below_start, seq_len), seq_len, j, j + 1)
-    return _mask(seq_len, [own, left, right, above, below], "dual_scope")
+    return make_mask(seq_len, [own, left, right, above, below], "dual_scope")
 
 
 def neighborhood(
@@ -284,7 +239,7 @@ def neighborhood(
         UserError: bad extents, or more than 2**20 bands (the advice is a tile-major order).
     """
     seq_len, table = neighborhood_bands(shape, window, dilation, stride, causal, tile)
-    return _mask(seq_len, [table], "neighborhood")
+    return make_mask(seq_len, [table], "neighborhood")
 
 
 def prefix_tree(lengths: Sequence[int], parents: Sequence[int]) -> Mask:
@@ -311,4 +266,4 @@ def prefix_tree(lengths: Sequence[int], parents: Sequence[int]) -> Mask:
     ancestor = np.array([a for chain in chains for a in chain], dtype=np.int64)
     own = band_columns(start, stop, start, stop, hi=0)
     above = band_columns(start[child], stop[child], start[ancestor], stop[ancestor])
-    return _mask(total, [own, above], "prefix_tree")
+    return make_mask(total, [own, above], "prefix_tree")

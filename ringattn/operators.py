@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn.checks import check_softcap
+from ringattn.checks import check_blocks, check_softcap
 from ringattn.errors import UserError
+from ringattn.routing import selection_shape
 
 if TYPE_CHECKING:
     from ringattn.plan import Plan
@@ -50,6 +51,7 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact softmax attention of this rank's queries over the whole sequence.
 
@@ -63,6 +65,7 @@ def attention(
         scale: multiplies the logits; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: (Hq,) learned logits that join every row's denominator.
+        blocks: for a plan of a routed mask, the selected blocks of `route`; made here by default.
         dropout: must be 0. Ranks would have to draw the same mask for a pair whoever computes it.
 
     Returns:
@@ -84,8 +87,48 @@ def attention(
         raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    out, _ = _attention(q, k, v, sinks, handle, scale, softcap or 0.0)
+    if plan.mask.routing is not None and blocks is None:
+        blocks = route(q, k, plan)
+    out, _ = _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks)
     return out
+
+
+def route(q: torch.Tensor, k: torch.Tensor, plan: "Plan") -> torch.Tensor:
+    """Selects the blocks of keys that each block of queries attends, under a routed mask.
+
+    `attention` does it by itself; call it to look at a selection, to change it, or to reuse it.
+    Every rank of the plan's group must call it; averages of blocks are gathered. No gradient.
+
+    Args:
+        q: (B, T, Hq, D). k: (B, T, Hkv, D), this rank's tokens in layout order.
+        plan: of a `ringattn.masks.routed`.
+
+    Returns:
+        int32 (B, selecting heads, nq, top_k), equal on all ranks: ascending blocks of keys of each
+        block of queries, then -1. Selecting heads are Hq with `per_head`, else Hkv.
+
+    Raises:
+        UserError: the plan's mask selects no blocks, or shapes do not fit.
+    """
+    routing = plan.mask.routing
+    if routing is None:
+        raise UserError(
+            f"{plan.mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
+        )
+    shape = selection_shape(plan.mask, q.shape[2], k.shape[2])
+    return _select_blocks(q.detach(), k.detach(), plan.handle, *shape)
+
+
+@torch.library.custom_op("ringattn::select_blocks", mutates_args=())
+def _select_blocks(
+    q: torch.Tensor, k: torch.Tensor, plan: int, heads: int, rows: int, top_k: int
+) -> torch.Tensor:
+    return _plan(plan).select_blocks(q, k)
+
+
+@_select_blocks.register_fake
+def _(q, k, plan, heads, rows, top_k):
+    return q.new_empty((q.shape[0], heads, rows, top_k), dtype=torch.int32)
 
 
 @torch.library.custom_op("ringattn::attention", mutates_args=())
@@ -97,14 +140,16 @@ def _attention(
     plan: int,
     scale: float,
     softcap: float,
+    blocks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     found = _plan(plan)
     found.check(q, k, v, sinks)
-    return found.run_forward(q, k, v, sinks, scale, softcap or None)
+    check_blocks(found.mask, q, k, blocks)
+    return found.run_forward(q, k, v, sinks, scale, softcap or None, blocks)
 
 
 @_attention.register_fake
-def _(q, k, v, sinks, plan, scale, softcap):
+def _(q, k, v, sinks, plan, scale, softcap, blocks=None):
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty(q.shape[:3], dtype=accumulator)
@@ -123,6 +168,7 @@ def _attention_backward(
     plan: int,
     scale: float,
     softcap: float,
+    blocks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     dsinks = q.new_empty(0)
@@ -130,12 +176,14 @@ def _attention_backward(
         # d lse / d sink = exp(sink - lse); its rows also receive the gradient of lse itself.
         weight = torch.exp(sinks.to(lse.dtype) - lse)
         dsinks = (weight * (dlse - delta)).sum((0, 1)).to(sinks.dtype)
-    dq, dk, dv = _plan(plan).run_backward(dout, q, k, v, lse, delta - dlse, scale, softcap or None)
+    dq, dk, dv = _plan(plan).run_backward(
+        dout, q, k, v, lse, delta - dlse, scale, softcap or None, blocks
+    )
     return dq, dk, dv, dsinks
 
 
 @_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap):
+def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap, blocks=None):
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return (
         q.new_empty(q.shape),
@@ -146,9 +194,9 @@ def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, sinks, handle, scale, softcap = inputs
+    q, k, v, sinks, handle, scale, softcap, blocks = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, sinks, out, lse)
+    ctx.save_for_backward(q, k, v, sinks, out, lse, blocks)
     ctx.handle, ctx.scale, ctx.softcap = handle, scale, softcap
     # Keeps the plan alive until the backward has run. A graph traced for any plan (its handle is
     # symbolic) has no plan to keep: there the caller holds it.
@@ -156,11 +204,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+    q, k, v, sinks, out, lse, blocks = ctx.saved_tensors
     dq, dk, dv, dsinks = _attention_backward(
-        dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap
+        dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap, blocks
     )
-    return dq, dk, dv, dsinks if sinks is not None else None, None, None, None
+    return dq, dk, dv, dsinks if sinks is not None else None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

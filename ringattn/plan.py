@@ -7,12 +7,14 @@ import torch
 from ringattn.checks import check_tensors
 from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
+from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.select import choose_kernel, kernel_by_name
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import register
 from ringattn.parallel.fabric import Fabric
 from ringattn.program import Program, build_program
+from ringattn.routing_exchange import Router
 from ringattn.schedule import Channel, Direction, Schedule
 from ringattn.sharding import Unshard, take_shard
 
@@ -45,6 +47,7 @@ class Plan:
         self.forward, self.backward = schedules
         self.handle = register(self)
         self._programs: dict[tuple[str, int, str, str], Program] = {}
+        self._routers: dict[str, Router] = {}
         self._agreed = False
 
     def __repr__(self) -> str:
@@ -141,9 +144,11 @@ class Plan:
         sinks: torch.Tensor | None,
         scale: float,
         softcap: float | None,
+        blocks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The forward on this rank: (out in q's dtype, lse). All ranks communicate."""
-        run = self._run("forward", forward_home(q, k, v, sinks), scale, softcap)
+        home = forward_home(q, k, v, sinks)
+        run = self._run("forward", home, scale, softcap, self.selection(blocks))
         run.execute()
         out, lse = run.slots[Channel.O, 0]
         return out.to(q.dtype), lse
@@ -158,9 +163,11 @@ class Plan:
         delta: torch.Tensor,
         scale: float,
         softcap: float | None,
+        blocks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The backward on this rank: (dq, dk, dv) in the inputs' dtypes. All ranks communicate."""
-        run = self._run("backward", backward_home(dout, q, k, v, lse, delta), scale, softcap)
+        home = backward_home(dout, q, k, v, lse, delta)
+        run = self._run("backward", home, scale, softcap, self.selection(blocks))
         run.execute()
         (dq,), (dk, dv) = run.slots[Channel.DQ, 0], run.slots[Channel.DKV, 0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -177,14 +184,45 @@ class Plan:
         )
         return kernel.name
 
-    def _run(self, direction: Direction, home: Slots, scale: float, softcap: float | None) -> Run:
+    def selection(self, blocks: torch.Tensor | None) -> Selection | None:
+        """Selected blocks as kernels take them."""
+        return None if blocks is None else Selection(blocks, self.context.heads[0])
+
+    def select_blocks(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The blocks that a routed mask's queries attend; see `ringattn.route`.
+
+        All ranks communicate. The tables of a device are made at the first call.
+        """
+        if self.mask.routing is None:
+            raise UserError(
+                f"{self.mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
+            )
+        self.check(q, k, k.new_empty((*k.shape[:3], self.context.head_dim[1])), None)
+        device = q.device
+        if not self._agreed:
+            self._agree(self.context.fabric(device))
+        if str(device) not in self._routers:
+            made = Router.of(self.mask, self.layout, self.context.rank, device)
+            self._routers[str(device)] = made
+        group = self.context.group
+        assert group is not None
+        return self._routers[str(device)].select(q, k, group)
+
+    def _run(
+        self,
+        direction: Direction,
+        home: Slots,
+        scale: float,
+        softcap: float | None,
+        selection: Selection | None,
+    ) -> Run:
         context, device = self.context, home[Channel.Q, 0][0].device
         program = self.program(direction, context.rank, self.kernel_name(home, softcap), device)
         fabric = context.fabric(device)
         if not self._agreed:
             self._agree(fabric)
         fabric.open(program.classes)
-        return Run(program, fabric, context.arena, home, scale, softcap)
+        return Run(program, fabric, context.arena, home, scale, softcap, selection)
 
     def _agree(self, fabric: Fabric) -> None:
         try:

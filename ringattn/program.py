@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ringattn.kernels.base import Kernel
-from ringattn.schedule import Schedule, tiles_of
+from ringattn.schedule import Schedule, block_tiles_of, tiles_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def _launches(
     table: dict[int, tuple[Launch, ...]] = {}
     for index, key in enumerate(unique):
         step, qslot, kslot, oslot, gslot = (int(x) for x in key)
-        prepared = kernel.prepare(tiles_of(tasks[inverse == index]), device)
+        mine = tasks[inverse == index]
+        blocks = block_tiles_of(mine, schedule.matrices)
+        prepared = kernel.prepare(tiles_of(mine), device, blocks)
         table[step] = (*table.get(step, ()), Launch(qslot, kslot, oslot, gslot, prepared))
     return table
 

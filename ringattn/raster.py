@@ -8,6 +8,7 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import ceil_div, expand_ranges
+from ringattn.blocks import plain_bands
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 
@@ -24,17 +25,21 @@ def cell_areas(mask: Mask, edges: np.ndarray) -> np.ndarray:
     """Allowed pairs in each cell, exact; int64 (cells of queries, cells of keys).
 
     Args:
-        mask: any mask.
+        mask: any mask. Layers of `mask.dense()` are added up; blocks that may be selected at run
+            time count.
         edges: increasing cell edges from 0 to `mask.seq_len`, the same for queries and keys.
     """
     cells = len(edges) - 1
     total = np.zeros((cells, cells), dtype=np.int64)
-    for start in range(0, len(mask.bands), _BANDS_AT_ONCE):
-        by_row, _, row = _cut(mask.bands[start : start + _BANDS_AT_ONCE], "q", edges)
+    bands, copies = plain_bands(mask)
+    for start in range(0, len(bands), _BANDS_AT_ONCE):
+        here = slice(start, start + _BANDS_AT_ONCE)
+        by_row, origin, row = _cut(bands[here], "q", edges)
         # Tight bands name only the keys that they use, so that few columns are visited.
         by_row, kept = band_ops.tighten(by_row)
         by_cell, source, column = _cut(by_row, "k", edges)
-        np.add.at(total, (row[kept][source], column), band_ops.area(by_cell))
+        weight = copies[here][origin[kept][source]]
+        np.add.at(total, (row[kept][source], column), weight * band_ops.area(by_cell))
     return total
 
 

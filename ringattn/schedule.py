@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ringattn.bands import BAND, BAND_FIELDS, area
+from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, BlockTiles
 from ringattn.kernels.tiles import TILE
 
 Direction = Literal["forward", "backward"]
@@ -62,6 +63,7 @@ TASK = np.dtype(
     _ints(
         "step", "rank", "qslot", "kslot", "oslot", "gslot",
         "h0", "h1", "q0", "q1", "k0", "k1", "lo", "hi", "stride", "area",
+        "matrix", "head", "q_token", "k_token", "pitch",
     )
     + [("cost", np.float64)]
 )  # fmt: skip
@@ -118,6 +120,7 @@ class Schedule:
         tasks, moves, slots: tables of dtype `TASK`, `MOVE`, `SLOT`, in execution order. Slot 0 of a
             channel is the rank's own shard.
         shapes: what turns rows into bytes.
+        matrices: block matrices that tasks name; a task of matrix -1 is a plain band.
         saved: (channel, slot) pairs of the forward that the backward starts from, beside home.
         key: mask, layout and method, for people and the digest.
     """
@@ -130,6 +133,7 @@ class Schedule:
     moves: np.ndarray
     slots: np.ndarray
     shapes: Shapes
+    matrices: tuple[BlockMatrix, ...] = ()
     saved: tuple[tuple[int, int], ...] = ()
     key: str = ""
 
@@ -205,32 +209,43 @@ def set_bands(tasks: np.ndarray, bands: np.ndarray) -> None:
 
 
 def tiles_of(tasks: np.ndarray) -> np.ndarray:
-    """The tasks' tiles as kernels take them, dtype `ringattn.kernels.tiles.TILE`."""
-    tiles = np.empty(len(tasks), dtype=TILE)
-    for name in ("h0", "h1", *BAND_FIELDS[:-1]):
-        tiles[name] = tasks[name]
-    tiles["step"] = tasks["stride"]
+    """The tiles of plain tasks as kernels take them, dtype `ringattn.kernels.tiles.TILE`."""
+    return _renamed(tasks[tasks["matrix"] < 0], TILE)
+
+
+def block_tiles_of(tasks: np.ndarray, matrices: tuple[BlockMatrix, ...]) -> BlockTiles | None:
+    """The tiles of tasks with block matrices, or None where there are none."""
+    blocks = tasks[tasks["matrix"] >= 0]
+    return BlockTiles(_renamed(blocks, BLOCK_TILE), matrices) if len(blocks) else None
+
+
+def _renamed(tasks: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    tiles = np.empty(len(tasks), dtype=dtype)
+    for name in dtype.names or ():
+        tiles[name] = tasks["stride" if name == "step" else name]
     return tiles
 
 
 def derive_slots(
-    tasks: np.ndarray, moves: np.ndarray, shapes: Shapes, direction: Direction
+    tasks: np.ndarray, moves: np.ndarray, heads: np.ndarray, direction: Direction
 ) -> np.ndarray:
-    """Sizes of all slots beyond home, from the rows that tasks and moves touch."""
+    """Sizes of all slots beyond home, from the rows that tasks and moves touch.
+
+    `heads` holds the heads of a slot by rank and channel, int64 (P, channels).
+    """
     out, grad = (Channel.O, None) if direction == "forward" else (Channel.DQ, Channel.DKV)
-    q_end, k_end = tasks["q1"], tasks["k1"]
     channel, rows = moves["channel"], moves["rows"]
     uses = [
-        (tasks["rank"], Channel.Q, tasks["qslot"], q_end, 0),
-        (tasks["rank"], Channel.K, tasks["kslot"], k_end, 0),
-        (tasks["rank"], out, tasks["oslot"], q_end, 0),
-        (moves["src"], channel, moves["sslot"], moves["s0"] + rows, moves["sh"] + moves["nheads"]),
-        (moves["dst"], channel, moves["dslot"], moves["d0"] + rows, moves["dh"] + moves["nheads"]),
+        (tasks["rank"], Channel.Q, tasks["qslot"], tasks["q1"]),
+        (tasks["rank"], Channel.K, tasks["kslot"], tasks["k1"]),
+        (tasks["rank"], out, tasks["oslot"], tasks["q1"]),
+        (moves["src"], channel, moves["sslot"], moves["s0"] + rows),
+        (moves["dst"], channel, moves["dslot"], moves["d0"] + rows),
     ]
     if grad is not None:
-        uses.append((tasks["rank"], grad, tasks["gslot"], k_end, 0))
-    columns = [np.concatenate([np.broadcast_to(u[c], u[0].shape) for u in uses]) for c in range(5)]
-    rank, channel, slot, rows, heads = (c.astype(np.int64) for c in columns)
+        uses.append((tasks["rank"], grad, tasks["gslot"], tasks["k1"]))
+    columns = [np.concatenate([np.broadcast_to(u[c], u[0].shape) for u in uses]) for c in range(4)]
+    rank, channel, slot, rows = (c.astype(np.int64) for c in columns)
     keep = slot > 0
     key = ((rank * len(Channel) + channel) * _SLOTS + slot)[keep]
     unique, inverse = np.unique(key, return_inverse=True)
@@ -239,9 +254,7 @@ def derive_slots(
     table["channel"] = unique // _SLOTS % len(Channel)
     table["rank"] = unique // _SLOTS // len(Channel)
     np.maximum.at(table["rows"], inverse, rows[keep])
-    np.maximum.at(table["heads"], inverse, heads[keep])
-    home_heads = np.array([shapes.heads(c) for c in Channel])
-    table["heads"] = np.where(table["heads"] == 0, home_heads[table["channel"]], table["heads"])
+    table["heads"] = heads[table["rank"], table["channel"]]
     return table
 
 

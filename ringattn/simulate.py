@@ -1,7 +1,7 @@
 """All ranks of a plan in one process, in turn: the executor without a network."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +10,7 @@ from ringattn.errors import UserError
 from ringattn.executor import Arena, Run, Slots, backward_home, forward_home
 from ringattn.parallel.fabric import LocalFabric
 from ringattn.plan import Plan
+from ringattn.routing import select_whole
 from ringattn.schedule import Channel, Direction
 from ringattn.sharding import join_shards
 
@@ -58,8 +59,12 @@ def simulate(
         return join_shards(parts, plan.layout, 1)
 
     qs, ks, vs = shards(q), shards(k), shards(v)
+    selection = None
+    if plan.mask.routing is not None:
+        selection = plan.selection(select_whole(q, k, plan.mask))
+    options = {"scale": scale, "softcap": softcap, "selection": selection}
     homes = [forward_home(qs[r], ks[r], vs[r], sinks) for r in ranks]
-    runs, sent = _lockstep(plan, "forward", homes, scale, softcap)
+    runs, sent = _lockstep(plan, "forward", homes, options)
     partial = [run.slots[Channel.O, 0] for run in runs]
     outs, lses = [out.to(q.dtype) for out, _ in partial], [lse for _, lse in partial]
     if dout is None:
@@ -69,7 +74,7 @@ def simulate(
         (d.to(s.dtype) * o.to(s.dtype)).sum(-1) for d, o, s in zip(douts, outs, lses, strict=True)
     ]
     homes = [backward_home(douts[r], qs[r], ks[r], vs[r], lses[r], deltas[r]) for r in ranks]
-    runs, back = _lockstep(plan, "backward", homes, scale, softcap)
+    runs, back = _lockstep(plan, "backward", homes, options)
     dq = join([run.slots[Channel.DQ, 0][0] for run in runs]).to(q.dtype)
     dk, dv = (join([run.slots[Channel.DKV, 0][i] for run in runs]).to(k.dtype) for i in (0, 1))
     dsinks = None
@@ -82,13 +87,16 @@ def simulate(
 
 
 def _lockstep(
-    plan: Plan, direction: Direction, homes: list[Slots], scale: float, softcap: float | None
+    plan: Plan, direction: Direction, homes: list[Slots], options: dict[str, Any]
 ) -> tuple[list[Run], tuple[int, ...]]:
-    kernel, device = plan.kernel_name(homes[0], softcap), homes[0][Channel.Q, 0][0].device
+    kernel, device = (
+        plan.kernel_name(homes[0], options["softcap"]),
+        homes[0][Channel.Q, 0][0].device,
+    )
     runs = []
     for rank, fabric in enumerate(LocalFabric.group(plan.world)):
         program = plan.program(direction, rank, kernel, device)
-        runs.append(Run(program, fabric, Arena(), homes[rank], scale, softcap))
+        runs.append(Run(program, fabric, Arena(), homes[rank], **options))
     for index in range(plan.schedule(direction).nsteps):
         for run in runs:
             run.post(run.program.steps[index])

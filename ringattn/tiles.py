@@ -17,6 +17,7 @@ SEGMENT = np.dtype(
 PIECE = np.dtype(
     [(name, np.int64) for name in ("qseg", "kseg", "band")]
     + [(name, np.int64) for name in ("q0", "q1", "k0", "k1", "lo", "hi", "step", "area")]
+    + [(name, np.int64) for name in ("q_token", "k_token", "pitch")]
 )
 MAX_TILES = 1 << 21
 _GROUP = 1 << 41  # larger than any token id, so that (group, token) orders as one integer
@@ -61,8 +62,9 @@ def intersect(bands: np.ndarray, q_segments: np.ndarray, k_segments: np.ndarray)
     Raises UserError beyond `MAX_TILES` candidates.
 
     Returns:
-        A table of dtype `PIECE`: segment and band indices, tile in buffer rows, area. Tiles are
-        tight and ordered by query segment, key segment, band.
+        A table of dtype `PIECE`: segment and band indices, tile in buffer rows, area, and where
+        its rows lie: buffer row r of the segments holds token q_token (k_token) + pitch * r.
+        Tiles are tight and ordered by query segment, key segment, band.
     """
     band, qs = (
         _Index(q_segments).candidates(0, bands["q0"], bands["q1"])
@@ -89,6 +91,9 @@ def intersect(bands: np.ndarray, q_segments: np.ndarray, k_segments: np.ndarray)
     for name in BAND_FIELDS:
         out[name] = tile[name]
     out["area"] = band_ops.area(tile)
+    for axis, segments in (("q", q_segments[out["qseg"]]), ("k", k_segments[out["kseg"]])):
+        out[axis + "_token"] = segments["start"] - segments["offset"] * segments["step"]
+        out["pitch"] = segments["step"]
     return out[np.lexsort((out["band"], out["kseg"], out["qseg"]))]
 
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.bands import ceil_div, expand_ranges
+from ringattn.bands import BAND_FIELDS, ceil_div
 from ringattn.errors import PlanError
+from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, allowed_pairs
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.plan import Plan
+from ringattn.races import ACCUMULATORS, check_races
 from ringattn.schedule import Channel, Op, Schedule, bands_of
 
 _HEAD = 1 << 12  # more than any head count: id = token * _HEAD + head
-ACCUMULATORS = (Channel.O, Channel.DQ, Channel.DKV)
 
 
 def _weight(ids: np.ndarray, salt: int) -> np.ndarray:
@@ -48,6 +49,16 @@ def _band_sums(band: np.void, u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray,
     rows = _window_sums(w, np.clip(a + lo, 0, nk), np.clip(a + hi + 1, 0, nk))
     columns = _window_sums(u, np.clip(b - hi, 0, nq), np.clip(b - lo + 1, 0, nq))
     return rows, columns
+
+
+def _sums(
+    tile: np.void, matrix: BlockMatrix | None, band: np.void, u: np.ndarray, w: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_band_sums` of a tile, of which only allowed blocks count where it has a matrix."""
+    if matrix is None:
+        return _band_sums(band, u, w)
+    allowed = allowed_pairs(tile, matrix).astype(np.uint64)
+    return allowed @ w, allowed.T @ u
 
 
 @dataclass
@@ -113,7 +124,10 @@ def _compute(state: _State, task: np.void, band: np.void) -> None:
     if (q_ids[0] % _HEAD // ratio != k_ids[0] % _HEAD).any():
         raise PlanError(f"{what} pairs query heads with key heads of another group")
     u, w = _weight(q_ids, 0), _weight(k_ids, 1)
-    rows, columns = _band_sums(band, u, w)
+    matrix = None if task["matrix"] < 0 else state.schedule.matrices[task["matrix"]]
+    if matrix is not None and (q_ids[0] % _HEAD != np.arange(len(heads)) + task["head"]).any():
+        raise PlanError(f"{what} names other heads than its rows have")
+    rows, columns = _sums(task, matrix, band, u, w)
     if state.schedule.direction == "forward":
         state.at(rank, Channel.O, int(task["oslot"]))[q_rows, task["h0"] : task["h1"]] += u * rows
         return
@@ -178,11 +192,15 @@ def _check_home(state: _State, mask: Mask, layout: Layout) -> None:
     u, w = _weight(q_ids, 0), _weight(k_ids, 1)
     by_query = np.zeros_like(u)
     by_key = np.zeros_like(w)
-    for band in mask.bands:
+    first, last = mask.band_heads(shapes.q_heads)
+    for index, band in enumerate(mask.bands):
         q_rows, k_rows = _rows(band)
-        rows, columns = _band_sums(band, u[q_rows], w[k_rows][:, kv_of_head])
-        by_query[q_rows] += rows
-        np.add.at(by_key[k_rows].T, kv_of_head, columns.T)
+        heads = np.arange(first[index], last[index])
+        tile, matrix = _whole_tile(mask, index)
+        own = w[k_rows][:, kv_of_head[heads]]
+        rows, columns = _sums(tile, matrix, band, u[q_rows][:, heads], own)
+        by_query[q_rows, heads[0] : heads[-1] + 1] += rows
+        np.add.at(by_key[k_rows].T, kv_of_head[heads], columns.T)
     expected = {Channel.O: u * by_query, Channel.DQ: u * by_query, Channel.DKV: w * by_key}
     forward = state.schedule.direction == "forward"
     for channel in (Channel.O,) if forward else (Channel.DQ, Channel.DKV):
@@ -196,88 +214,14 @@ def _check_home(state: _State, mask: Mask, layout: Layout) -> None:
                 )
 
 
-def check_races(schedule: Schedule) -> None:
-    """Checks the timing rules of moves.
-
-    A source is written by no task from `post` to `land` and by no landing from `post` until
-    `land`; the target of a SET is read by no task or later capture in [post, land].
-    """
-    moves, tasks = schedule.moves, schedule.tasks
-    if (moves["post"] > moves["land"]).any() or (moves["land"] >= schedule.nsteps).any():
-        raise PlanError("a move lands before it is posted, or after the last step")
-    accumulates = np.isin(moves["channel"], ACCUMULATORS)
-    source = _accesses(moves, "src", "sslot", "s0", moves["post"], moves["land"])
-    target = _accesses(moves, "dst", "dslot", "d0", moves["land"], moves["land"])
-    written = np.concatenate([_task_accesses(tasks, c, schedule.direction) for c in ACCUMULATORS])
-    read = np.concatenate(
-        [_task_accesses(tasks, c, schedule.direction) for c in (Channel.Q, Channel.K)]
-    )
-    _refuse_overlap(source[accumulates], written, "a task writes a move's source in flight")
-    landing = source.copy()
-    landing["t1"] -= 1
-    _refuse_overlap(landing, target, "a landing overwrites a move's source in flight")
-    sets = target[moves["op"] == Op.SET].copy()
-    sets["t0"] = moves["post"][moves["op"] == Op.SET]
-    _refuse_overlap(sets, read, "a task reads rows that a SET fills")
-    captures = source.copy()
-    captures["t1"] = captures["t0"]
-    sets["t0"] += 1
-    _refuse_overlap(sets, captures, "a move captures rows that a SET fills")
-
-
-_ACCESS = np.dtype([(n, np.int64) for n in ("place", "r0", "r1", "h0", "h1", "t0", "t1")])
-
-
-def _place(rank, channel, slot) -> np.ndarray:
-    return (np.asarray(rank) * 8 + channel) * (1 << 20) + slot
-
-
-def _accesses(moves: np.ndarray, rank: str, slot: str, row: str, t0, t1) -> np.ndarray:
-    table = np.empty(len(moves), dtype=_ACCESS)
-    head = "sh" if rank == "src" else "dh"
-    table["place"] = _place(moves[rank], moves["channel"], moves[slot])
-    table["r0"], table["r1"] = moves[row], moves[row] + moves["rows"]
-    table["h0"], table["h1"] = moves[head], moves[head] + moves["nheads"]
-    table["t0"], table["t1"] = t0, t1
-    return table
-
-
-def _task_accesses(tasks: np.ndarray, channel: Channel, direction: str) -> np.ndarray:
-    slot, rows = {
-        Channel.Q: ("qslot", "q"),
-        Channel.K: ("kslot", "k"),
-        Channel.O: ("oslot", "q"),
-        Channel.DQ: ("oslot", "q"),
-        Channel.DKV: ("gslot", "k"),
-    }[channel]
-    absent = (
-        channel == Channel.O if direction == "backward" else channel in (Channel.DQ, Channel.DKV)
-    )
-    part = tasks[:0] if absent else tasks
-    table = np.empty(len(part), dtype=_ACCESS)
-    table["place"] = _place(part["rank"], int(channel), part[slot])
-    table["r0"], table["r1"] = part[rows + "0"], part[rows + "1"]
-    table["h0"], table["h1"] = 0, _HEAD
-    table["t0"] = table["t1"] = part["step"]
-    return table
-
-
-def _refuse_overlap(a: np.ndarray, b: np.ndarray, message: str) -> None:
-    """Raises when an access of a and one of b share a place, rows, heads and time."""
-    b = b[np.argsort(b["place"], kind="stable")]
-    which, other = expand_ranges(
-        np.searchsorted(b["place"], a["place"], side="left"),
-        np.searchsorted(b["place"], a["place"], side="right"),
-    )
-    x, y = a[which], b[other]
-    clash = np.ones(len(x), dtype=bool)
-    for low, high in (("r0", "r1"), ("h0", "h1")):
-        clash &= (x[low] < y[high]) & (y[low] < x[high])
-    clash &= (x["t0"] <= y["t1"]) & (y["t0"] <= x["t1"])
-    if clash.any():
-        first = x[np.flatnonzero(clash)[0]]
-        rank, step = int(first["place"]) >> 23, int(first["t0"])
-        raise PlanError(f"rank {rank}, step {step}: {message}")
+def _whole_tile(mask: Mask, index: int) -> tuple[np.void, BlockMatrix | None]:
+    """A band of the mask as a tile over all tokens, and its matrix."""
+    tile = np.zeros(1, dtype=BLOCK_TILE)
+    for name in BAND_FIELDS:
+        tile[name] = mask.bands[index][name]
+    tile["pitch"] = 1
+    number = int(mask.matrix[index])
+    return tile[0], mask.matrices[number] if number >= 0 else None
 
 
 def verify(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 from ringattn.errors import UserError
 from ringattn.methods import (
@@ -17,6 +18,7 @@ from ringattn.methods import (
     usp,
 )
 from ringattn.methods.common import Problem
+from ringattn.methods.head_groups import per_head_group
 from ringattn.schedule import Schedule
 
 
@@ -32,13 +34,18 @@ class Method:
     options: tuple[str, ...] = ()
 
 
+def _flat(module: ModuleType, *options: str) -> Method:
+    """A method that plans for all heads alike, made to plan each head group by itself."""
+    return Method(per_head_group(module.forward), per_head_group(module.backward), options)
+
+
 METHODS = {
-    "ring": Method(ring.forward, ring.backward),
-    "burst": Method(burst.forward, burst.backward),
-    "double_ring": Method(double_ring.forward, double_ring.backward),
-    "all_gather": Method(all_gather.forward, all_gather.backward),
-    "direct": Method(direct.forward, direct.backward, ("stages",)),
-    "tile": Method(tile.forward, tile.backward, ("tile_a",)),
+    "ring": _flat(ring),
+    "burst": _flat(burst),
+    "double_ring": _flat(double_ring),
+    "all_gather": _flat(all_gather),
+    "direct": _flat(direct, "stages"),
+    "tile": _flat(tile, "tile_a"),
     "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
     "usp": Method(usp.forward, usp.backward, ("u",)),
     "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first")),

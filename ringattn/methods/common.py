@@ -7,11 +7,13 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import Column
+from ringattn.blocks import piece_area, see
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.schedule import (
     MOVE,
     TASK,
+    Channel,
     Direction,
     Lane,
     Schedule,
@@ -22,11 +24,11 @@ from ringattn.schedule import (
     derive_slots,
     set_bands,
 )
-from ringattn.tiles import intersect
 
 NONE = 1 << 40  # no row: above every row number
 BLOCK = 128  # rows or keys that a kernel handles at once
 _TILES = ("pieces", "q_rank", "k_rank")  # of a problem; they do not depend on its options
+UNKNOWN = -1  # area of a part of a block tile, until `finish` counts it
 EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
 
@@ -56,7 +58,7 @@ class Problem:
     @cached_property
     def pieces(self) -> np.ndarray:
         """Tiles of all (query rank, key rank) pairs in shard rows, dtype `ringattn.tiles.PIECE`."""
-        return intersect(self.mask.bands, self.layout.ranges, self.layout.ranges)
+        return see(self.mask, self.layout.ranges, self.layout.ranges)
 
     @cached_property
     def q_rank(self) -> np.ndarray:
@@ -72,8 +74,17 @@ class Problem:
         """The same problem with other settings; tiles that are known already are shared."""
         if options == self.options:
             return self
-        other = replace(self, options=options)
-        vars(other).update({name: vars(self)[name] for name in _TILES if name in vars(self)})
+        return self._sharing_tiles(replace(self, options=options))
+
+    def for_heads(self, q0: int, q1: int, kv_heads: int) -> "Problem":
+        """The problem of query heads [q0, q1) alone, on `kv_heads` key heads."""
+        shapes = replace(self.shapes, q_heads=q1 - q0, kv_heads=kv_heads)
+        if self.mask.is_uniform:
+            return self._sharing_tiles(replace(self, shapes=shapes))
+        return replace(self, shapes=shapes, mask=self.mask.for_heads(self.shapes.q_heads, q0, q1))
+
+    def _sharing_tiles(self, other: "Problem") -> "Problem":
+        vars(other).update({name: getattr(self, name) for name in _TILES})
         return other
 
     def lanes(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
@@ -85,13 +96,17 @@ class Problem:
 def tasks_of(
     problem: Problem, pieces: np.ndarray, rank: Column, step: Column = 0, **slots: Column
 ) -> np.ndarray:
-    """Tasks that compute these tiles for all heads; scalars are broadcast.
+    """Tasks that compute these tiles for all heads that the mask gives them; scalars are broadcast.
 
     `slots` may give qslot, kslot, oslot and gslot; home (0) where it does not.
     """
-    tasks = np.zeros(len(pieces), dtype=TASK)
+    tasks, mask = np.zeros(len(pieces), dtype=TASK), problem.mask
     set_bands(tasks, pieces)
-    tasks["h1"] = problem.shapes.q_heads
+    first, last = mask.band_heads(problem.shapes.q_heads)
+    tasks["h0"], tasks["h1"] = first[pieces["band"]], last[pieces["band"]]
+    tasks["head"], tasks["matrix"] = tasks["h0"], mask.matrix[pieces["band"]]
+    for name in ("area", "q_token", "k_token", "pitch"):
+        tasks[name] = pieces[name]
     tasks["rank"], tasks["step"] = rank, step
     for name, slot in slots.items():
         tasks[name] = slot
@@ -189,6 +204,7 @@ def _with_bands(tasks: np.ndarray, bands: np.ndarray) -> np.ndarray:
     tight, keep = band_ops.tighten(bands)
     part = tasks[keep]
     set_bands(part, tight)
+    part["area"][part["matrix"] >= 0] = UNKNOWN
     return part
 
 
@@ -197,9 +213,21 @@ def _spans(tasks: np.ndarray, axis: str) -> np.ndarray:
 
 
 def finish(
-    problem: Problem, direction: Direction, method: str, tasks: np.ndarray, moves: np.ndarray
+    problem: Problem,
+    direction: Direction,
+    method: str,
+    tasks: np.ndarray,
+    moves: np.ndarray,
+    slot_heads: np.ndarray | None = None,
 ) -> Schedule:
-    """Orders the tables, drops empty steps, sizes the slots, and seals the schedule."""
+    """Orders the tables, drops empty steps, sizes the slots, and seals the schedule.
+
+    `slot_heads` holds the heads of slots beyond home by rank and channel, int64 (P, channels);
+    by default all heads.
+    """
+    shapes, mask = problem.shapes, problem.mask
+    for index in np.flatnonzero(tasks["area"] == UNKNOWN):
+        tasks["area"][index] = piece_area(mask, tasks[index], bands_of(tasks[index : index + 1]))
     tasks["cost"] = tasks["area"] + EDGE * (_spans(tasks, "q") + _spans(tasks, "k"))
     nsteps = compact(tasks, moves)
     tasks = tasks[np.lexsort((tasks["q0"], tasks["kslot"], tasks["rank"], tasks["step"]))]
@@ -207,6 +235,8 @@ def finish(
     moves = moves[np.lexsort(tuple(moves[name] for name in order))]
     for table in (tasks, moves):
         table.setflags(write=False)
+    if slot_heads is None:
+        slot_heads = np.tile([shapes.heads(c) for c in Channel], (problem.world, 1))
     return Schedule(
         direction=direction,
         world=problem.world,
@@ -214,7 +244,8 @@ def finish(
         home_rows=problem.layout.sizes,
         tasks=tasks,
         moves=moves,
-        slots=derive_slots(tasks, moves, problem.shapes, direction),
-        shapes=problem.shapes,
-        key=f"{method}:{problem.mask.key}:{problem.layout.key}",
+        slots=derive_slots(tasks, moves, slot_heads, direction),
+        shapes=shapes,
+        matrices=mask.matrices,
+        key=f"{method}:{mask.key}:{problem.layout.key}",
     )

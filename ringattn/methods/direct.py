@@ -8,6 +8,7 @@ The option "stages" fixes the number of stages; by default each holds about one 
 
 import numpy as np
 
+from ringattn.blocks import key_runs
 from ringattn.methods.common import Problem
 from ringattn.methods.gather import Runs, gather
 from ringattn.schedule import Schedule
@@ -17,10 +18,9 @@ _ROW = 1 << 41  # more than any row number, so that (run, row) orders as one int
 
 def _needed(problem: Problem) -> Runs:
     """The union of the rows that each rank's remote tiles touch."""
-    pieces, ranges = problem.pieces, problem.layout.ranges
-    remote = problem.q_rank != problem.k_rank
-    receiver, segment = problem.q_rank[remote], pieces["kseg"][remote]
-    first, last = pieces["k0"][remote], pieces["k1"][remote]
+    ranges, remote = problem.layout.ranges, problem.q_rank != problem.k_rank
+    index, first, last = key_runs(problem.mask, problem.pieces[remote])
+    receiver, segment = problem.q_rank[remote][index], problem.pieces["kseg"][remote][index]
     where = (receiver * len(ranges) + segment) * _ROW
     order = np.argsort(where + first, kind="stable")
     low = (where + first)[order]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.bands import expand_ranges
+from ringattn.blocks import see
 from ringattn.layout import join
 from ringattn.methods.common import Problem, finish, halve, moves_of, tasks_of
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
-from ringattn.tiles import SEGMENT, intersect
+from ringattn.tiles import SEGMENT
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _remote_tasks(problem: Problem, rows: _Rows) -> np.ndarray:
     buffers = _buffer_segments(problem, rows)
     queries = problem.layout.ranges.copy()
     queries["group"] = queries["owner"]
-    pieces = intersect(problem.mask.bands, queries, buffers)
+    pieces = see(problem.mask, queries, buffers)
     stage = buffers["owner"][pieces["kseg"]]
     rank = queries["owner"][pieces["qseg"]]
     return tasks_of(problem, pieces, rank, stage + 1, kslot=_slot(stage), gslot=_slot(stage))

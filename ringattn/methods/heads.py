@@ -12,19 +12,18 @@ summed on the way home. Slices may be uneven; where a slice's query heads do not
 key heads, it gets one copy of the key head per query head.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from ringattn.blocks import restricted_area
 from ringattn.errors import UserError
 from ringattn.layout import Layout, join
 from ringattn.methods.common import Problem, finish, halve, moves_of
+from ringattn.methods.head_groups import QUERY_SIDE, Generator, per_head_group
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT
-
-QUERY_SIDE = (Channel.Q, Channel.O, Channel.DQ)
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,20 @@ class Slice:
         return self.q1 - self.q0 if channel in QUERY_SIDE else len(self.kv)
 
 
-def head_slices(q_heads: int, kv_heads: int, degree: int) -> list[Slice]:
-    """Near-equal slices of the query heads, with the key heads that each needs."""
+def head_slices(
+    q_heads: int, kv_heads: int, degree: int, work: np.ndarray | None = None
+) -> list[Slice]:
+    """Slices of the query heads, with the key heads that each needs.
+
+    Near-equal in number, or in `work` (one figure per query head) where it is given.
+    """
     group = q_heads // kv_heads
     cuts = [q_heads * i // degree for i in range(degree + 1)]
+    if work is not None and work.sum():
+        below = np.concatenate([[0], np.cumsum(work)]) / work.sum()
+        for i in range(1, degree):
+            nearest = int(np.abs(below - i / degree).argmin())
+            cuts[i] = min(max(nearest, cuts[i - 1] + 1), q_heads - (degree - i))
     slices = []
     for a, b in pairwise(cuts):
         needed = [h // group for h in range(a, b)]
@@ -56,6 +65,15 @@ def head_slices(q_heads: int, kv_heads: int, degree: int) -> list[Slice]:
         )
         slices.append(Slice(a, b, kv if even else tuple(needed)))
     return slices
+
+
+def _head_work(problem: Problem) -> np.ndarray | None:
+    """Mask area of each query head, or None where all are alike."""
+    mask = problem.mask
+    if mask.is_uniform:
+        return None
+    area = np.bincount(mask.group, weights=restricted_area(mask), minlength=len(mask.heads))
+    return np.repeat(area, mask.head_counts(problem.shapes.q_heads))
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ def compose(
     problem: Problem,
     direction: Direction,
     method: str,
-    inner: Callable[[Problem], Schedule],
+    inner: Generator,
     degree: int,
     *,
     heads_first: bool = True,
@@ -120,17 +138,19 @@ def compose(
         private: tasks on home slots beside it; they hide the way there and back.
     """
     check_degree(problem, degree)
+    inner = per_head_group(inner)
     if degree == 1:
         return replace(inner(problem), key=f"{method}:{problem.mask.key}:{problem.layout.key}")
+    shapes = problem.shapes
     grid = Grid(degree, problem.world // degree, heads_first)
     pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
+    slices = head_slices(shapes.q_heads, shapes.kv_heads, degree, _head_work(problem))
     per_node = problem.ranks_per_node // degree if heads_first else problem.ranks_per_node
     posed = replace(problem, layout=pooled, ranks_per_node=min(max(per_node, 1), grid.groups))
-    core = inner(posed)
-    slices = head_slices(problem.shapes.q_heads, problem.shapes.kv_heads, degree)
-    tasks = np.concatenate([_tasks(core, grid, u, s) for u, s in enumerate(slices)])
-    last = core.nsteps + 1
-    moves = [_moves(problem, core, grid, u, s) for u, s in enumerate(slices)]
+    cores = _cores(posed, inner, slices)
+    tasks = [_tasks(core, grid, u, s) for u, (core, s) in enumerate(zip(cores, slices))]
+    moves = [_moves(problem, core, grid, u) for u, core in enumerate(cores)]
+    last = max(core.nsteps for core in cores) + 1
     results = (Channel.O,) if direction == "forward" else (Channel.DQ, Channel.DKV)
     for u, part in enumerate(slices):
         for channel in (Channel.Q, Channel.K):
@@ -138,8 +158,25 @@ def compose(
         for channel in results:
             moves.append(_collect(problem, grid, rows, u, part, channel, last))
     if private is not None:
-        tasks = np.concatenate([tasks, halve(private, last)])
-    return finish(problem, direction, method, tasks, np.concatenate(moves))
+        tasks.append(halve(private, last))
+    counts = np.array([[part.count(channel) for channel in Channel] for part in slices])
+    slot_heads = counts[grid.member(np.arange(problem.world))]
+    return finish(
+        problem, direction, method, np.concatenate(tasks), np.concatenate(moves), slot_heads
+    )
+
+
+def _cores(posed: Problem, inner: Generator, slices: list[Slice]) -> list[Schedule]:
+    """The inner plan of each slice; slices with equal heads and masks share one."""
+    made: dict[tuple[str, int, int], Schedule] = {}
+    cores = []
+    for part in slices:
+        own = posed.for_heads(part.q0, part.q1, len(part.kv))
+        key = (own.mask.key, own.shapes.q_heads, own.shapes.kv_heads)
+        if key not in made:
+            made[key] = inner(own)
+        cores.append(made[key])
+    return cores
 
 
 def _pool(layout: Layout, grid: Grid, ranges: np.ndarray) -> tuple[Layout, np.ndarray]:
@@ -164,25 +201,23 @@ def _pool(layout: Layout, grid: Grid, ranges: np.ndarray) -> tuple[Layout, np.nd
 
 
 def _tasks(core: Schedule, grid: Grid, member: int, part: Slice) -> np.ndarray:
-    """The inner tasks of one member: one step later, slots moved up by one, its heads."""
+    """The inner tasks of one member: one step later, slots moved up by one."""
     tasks = core.tasks.copy()
     tasks["rank"] = grid.rank(member, tasks["rank"])
     tasks["step"] += 1
+    tasks["head"] += part.q0
     for name in ("qslot", "kslot", "oslot", "gslot"):
         tasks[name] += 1
-    tasks["h0"], tasks["h1"] = 0, part.q1 - part.q0
     return tasks
 
 
-def _moves(problem: Problem, core: Schedule, grid: Grid, member: int, part: Slice) -> np.ndarray:
+def _moves(problem: Problem, core: Schedule, grid: Grid, member: int) -> np.ndarray:
     """The inner moves of one member."""
     moves = core.moves.copy()
     for name in ("src", "dst"):
         moves[name] = grid.rank(member, moves[name])
     for name in ("post", "land", "sslot", "dslot"):
         moves[name] += 1
-    counts = np.array([part.count(channel) for channel in Channel])
-    moves["nheads"] = counts[moves["channel"]]
     moves["lane"] = problem.lanes(moves["src"], moves["dst"])
     return moves
 

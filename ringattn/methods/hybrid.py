@@ -10,13 +10,13 @@ The option "u" is the head-parallel degree (default as for usp). Made for the la
 
 import numpy as np
 
+from ringattn.blocks import see
 from ringattn.layout import Layout
 from ringattn.methods import direct
 from ringattn.methods.common import Problem, finish, moves_of, tasks_of
 from ringattn.methods.heads import compose
 from ringattn.methods.usp import default_degree
 from ringattn.schedule import Direction, Schedule
-from ringattn.tiles import intersect
 
 
 def split_ranges(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def split_ranges(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     parts["stop"][before] = edges[edge[before]]
     parts["offset"] += parts["start"] - begin
     assert (parts["stop"] <= end).all()
-    pieces = intersect(bands, parts, parts)
+    pieces = see(problem.mask, parts, parts)
     crossing = parts["owner"][pieces["qseg"]] != parts["owner"][pieces["kseg"]]
     return parts, ~_reached(len(parts), pieces, crossing)
 
@@ -57,7 +57,7 @@ def _reached(count: int, pieces: np.ndarray, crossing: np.ndarray) -> np.ndarray
 def _plan(problem: Problem, direction: Direction) -> Schedule:
     parts, private = split_ranges(problem)
     alone = Layout(problem.mask.seq_len, problem.world, "private", parts[private])
-    pieces = intersect(problem.mask.bands, alone.ranges, alone.ranges)
+    pieces = see(problem.mask, alone.ranges, alone.ranges)
     tasks = tasks_of(problem, pieces, alone.ranges["owner"][pieces["qseg"]])
     if private.all():
         empty = moves_of(problem, 0)

@@ -28,7 +28,7 @@ DOCUMENTS = [7, 1, 12, 3, 38, 6]  # 67 tokens, so that equal shares do not exist
 TREE = [-1, 0, 0, 1, -1, 4]
 STRIDED_BANDS = [(1, 40, 2, 40, -9, 9, 3), (2, 40, 0, 40, -20, 10, 6), (41, 50, 0, 50, -60, 0, 1)]
 
-MASKS: dict[str, Callable[[], Mask]] = {
+BAND_MASKS: dict[str, Callable[[], Mask]] = {
     "full": lambda: masks.full(61),
     "causal": lambda: masks.causal(64),
     "window": lambda: masks.sliding_window(61, 7, 2),
@@ -53,6 +53,32 @@ MASKS: dict[str, Callable[[], Mask]] = {
     "prefix_tree": lambda: masks.prefix_tree(DOCUMENTS, TREE),
     "strided_bands": lambda: masks.from_bands(64, STRIDED_BANDS),  # some rows attend nothing
 }
+# Heads that differ, block matrices, and blocks selected at run time.
+HEAD_MASKS: dict[str, Callable[[], Mask]] = {
+    "per_head": lambda: masks.per_head(
+        [
+            (1, masks.causal(61)),
+            (2, masks.streaming(61, 3, 7)),
+            (1, masks.documents([40, 21], False)),
+        ]
+    ),
+    "blocks": lambda: masks.blocks(_matrix(8, 7), 8, [3, 14, 9, 1, 20, 10, 7]),
+    "block_groups": lambda: masks.blocks(_matrix(2, 8, 8), 8, 8, within=masks.causal(61)),
+    "per_head_blocks": lambda: masks.per_head(
+        [(2, masks.causal(64)), (2, masks.blocks(_matrix(2, 5, 8), [9, 20, 3, 31, 1], 8))]
+    ),
+    "routed": lambda: masks.routed(masks.causal(61), block_k=5, top_k=4),
+    "routed_per_head": lambda: masks.routed(
+        masks.documents(DOCUMENTS, causal=True), block_q=8, block_k=4, top_k=3, per_head=True
+    ),
+}
+
+MASKS = BAND_MASKS | HEAD_MASKS
+
+
+def _matrix(*shape: int) -> np.ndarray:
+    """Two blocks in five allowed, the same ones every time."""
+    return np.random.default_rng(0).random(shape) < 0.4
 
 
 def _uneven(mask: Mask, world: int) -> Layout:

@@ -14,7 +14,7 @@ import torch
 
 from ringattn import executor, layouts, masks, program
 from ringattn.kernels import matmul
-from ringattn.methods import METHODS
+from ringattn.methods import METHODS, head_groups, heads, rotation
 from ringattn.schedule import Channel, Op, Schedule, Shapes
 
 Patch = pytest.MonkeyPatch
@@ -244,3 +244,35 @@ def lse_is_not_counted(patch: Patch) -> None:
 
     original = Shapes.row_bytes
     patch.setattr(Shapes, "row_bytes", lambda *args: row_bytes(original, *args))
+
+
+def groups_take_the_first_heads(patch: Patch) -> None:
+    def shift(original, schedule, part):
+        return original(schedule, replace(part, q0=0, k0=0))
+
+    _wrap(patch, head_groups, "shift_heads", shift)
+
+
+def slices_forget_their_heads(patch: Patch) -> None:
+    def tasks(original, core, grid, member, part):
+        made = original(core, grid, member, part)
+        made["head"] -= part.q0
+        return made
+
+    _wrap(patch, heads, "_tasks", tasks)
+
+
+def blocks_start_one_later(patch: Patch) -> None:
+    def tasks_of(original, *args, **kwargs):
+        made = original(*args, **kwargs)
+        made["k_token"] -= 1
+        return made
+
+    _wrap(patch, rotation, "tasks_of", tasks_of)
+
+
+def one_block_less(patch: Patch) -> None:
+    """The run attends one block less than the reference."""
+    _wrap(
+        patch, simulate, "select_whole", lambda original, q, k, mask: original(q, k, mask)[..., 1:]
+    )

@@ -9,7 +9,7 @@ from ringattn import Mask, PlanError, layouts, masks
 from ringattn.methods import METHODS
 from ringattn.schedule import Channel, Direction, Lane, Schedule
 from ringattn.verify import verify_schedule
-from tests.core.cases import LAYOUTS, MASKS, METHOD_NAMES, mask_of, problem
+from tests.core.cases import BAND_MASKS, LAYOUTS, MASKS, METHOD_NAMES, mask_of, problem
 from tests.core.handmade import travelling_queries
 
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
@@ -117,7 +117,7 @@ def test_direct_bytes_of_a_causal_window(window: int, wire_dtype: torch.dtype) -
     assert sum(plan.bytes(rank, "backward") for rank in range(world)) * e == total * (e + g)
 
 
-@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("mask_name", BAND_MASKS)
 def test_direct_moves_only_rows_that_are_attended(mask_name: str) -> None:
     """Where bands have gaps (step > 1), the rows inside a gap may travel too."""
     mask = mask_of(mask_name)
@@ -158,9 +158,12 @@ def test_one_rank_and_separate_documents_move_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_the_work_of_all_ranks_is_the_mask(method: str, mask_name: str) -> None:
+    """Blocks selected at run time are estimated: each tile's share is rounded up."""
     mask = mask_of(mask_name)
     for schedule in _schedules(method, mask, layouts.zigzag(mask.seq_len, 4)):
-        assert schedule.work.sum() == pytest.approx(mask.area, rel=1e-12)
+        want, spare = mask.area / mask.layers, len(schedule.tasks) if mask.routing else 0
+        assert want - spare <= schedule.work.sum() * (1 + 1e-12)
+        assert schedule.work.sum() <= (want + spare) * (1 + 1e-12)
 
 
 def test_half_of_the_local_work_waits_for_the_last_step() -> None:

@@ -35,6 +35,10 @@ def _case(**values: Any) -> Case:
     return base | values
 
 
+def _routed_case() -> Case:
+    return _case(mask="routed_per_head", method="ulysses", group=1)
+
+
 def _numbers(case: Case) -> None:
     check_case(case)
 
@@ -97,6 +101,13 @@ FAULTS = [
     Fault(faults.softcap_has_no_slope, _numbers, _case(kernel="matmul+softcap")),
     Fault(faults.a_key_head_of_another_group, _numbers, _case(group=1)),
     Fault(faults.lse_is_not_counted, _travelling, _case()),
+    Fault(faults.groups_take_the_first_heads, _numbers, _case(mask="per_head", group=1)),
+    Fault(faults.groups_take_the_first_heads, _integers, _case(mask="per_head", group=1)),
+    Fault(faults.slices_forget_their_heads, _numbers, _routed_case()),
+    Fault(faults.slices_forget_their_heads, _integers, _routed_case()),
+    Fault(faults.blocks_start_one_later, _numbers, _case(mask="blocks")),
+    Fault(faults.blocks_start_one_later, _integers, _case(mask="blocks")),
+    Fault(faults.one_block_less, _numbers, _case(mask="routed")),
 ]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ringattn import Layout, Mask, layouts, masks
 from ringattn.bands import make_bands
 from ringattn.tiles import SEGMENT, cropped_area, intersect
-from tests.core.cases import LAYOUTS, MASKS, mask_of
+from tests.core.cases import BAND_MASKS, LAYOUTS, mask_of
 from tests.core.test_bands import bands
 
 WORLDS = [1, 2, 3, 4, 7]
@@ -32,7 +32,7 @@ def _seen(mask: Mask, layout: Layout) -> np.ndarray:
     return seen
 
 
-@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("mask_name", BAND_MASKS)
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 def test_tiles_are_the_mask(mask_name: str, layout_name: str) -> None:
     mask = mask_of(mask_name)
