@@ -105,6 +105,7 @@ class Run:
         slots: (channel, slot) -> tensors (B, rows, heads[, dim]); holds home slots at the start.
         scale, softcap: of the logits.
         selection: blocks selected at run time, for plans of routed masks.
+        saved: the slots that the forward left, for a backward that starts from them.
     """
 
     program: Program
@@ -114,6 +115,7 @@ class Run:
     scale: float
     softcap: float | None
     selection: Selection | None = None
+    saved: Slots = field(default_factory=dict)
     _flying: dict[int, _Flight] = field(default_factory=dict)
     _spare: list[torch.Tensor] = field(default_factory=list)
     _whole: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -121,8 +123,9 @@ class Run:
     def __post_init__(self) -> None:
         self.arena.reset(self._home(Channel.K)[0].device)
         for (channel, slot), rows, heads in self.program.slots:
-            like = self._home(Channel(channel))
-            made = tuple(
+            kept = self.saved.get((channel, slot), ())
+            like = self._home(Channel(channel))[len(kept) :]
+            made = kept + tuple(
                 self.arena.take((t.shape[0], rows, heads, *t.shape[3:]), t.dtype, t.device)
                 for t in like
             )
@@ -212,7 +215,7 @@ class Run:
             ) from error
 
     def _select(self, part: Part) -> Slot:
-        return tuple(t[:, part.rows, part.heads] for t in self.slots[part.key])
+        return tuple(t[:, part.rows, part.heads] for t in self.slots[part.key][part.skip :])
 
     def _layout(self, message: Message) -> list[tuple[int, int, torch.dtype, tuple[int, ...]]]:
         """(part, tensor, wire dtype, shape) of every piece, widest dtype first, so that each
@@ -221,7 +224,7 @@ class Run:
         accumulator = self._home(_lse_channel(self.program.schedule.direction))[-1].dtype
         data = self._home(Channel.K)[0].dtype
         for number, part in enumerate(message.parts):
-            for index, tensor in enumerate(self._select(part)):
+            for index, tensor in enumerate(self._select(part), start=part.skip):
                 exact = index in _STATISTICS.get(Channel(part.key[0]), ())
                 dtype = accumulator if exact or part.wire == Wire.ACCUMULATOR else data
                 pieces.append((number, index, dtype, tuple(tensor.shape)))

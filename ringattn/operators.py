@@ -89,8 +89,8 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     if plan.mask.routing is not None and blocks is None:
         blocks = route(q, k, plan)
-    out, _ = _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks)
-    return out
+    saved = plan.saved_numel(q.shape[0])
+    return _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks, saved)[0]
 
 
 def route(q: torch.Tensor, k: torch.Tensor, plan: "Plan") -> torch.Tensor:
@@ -141,7 +141,8 @@ def _attention(
     scale: float,
     softcap: float,
     blocks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    saved_numel: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = _plan(plan)
     found.check(q, k, v, sinks)
     check_blocks(found.mask, q, k, blocks)
@@ -149,10 +150,10 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, sinks, plan, scale, softcap, blocks=None):
+def _(q, k, v, sinks, plan, scale, softcap, blocks=None, saved_numel=0):
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty(q.shape[:3], dtype=accumulator)
+    return out, q.new_empty(q.shape[:3], dtype=accumulator), q.new_empty(saved_numel)
 
 
 @torch.library.custom_op("ringattn::attention_backward", mutates_args=())
@@ -169,6 +170,7 @@ def _attention_backward(
     scale: float,
     softcap: float,
     blocks: torch.Tensor | None = None,
+    saved: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     dsinks = q.new_empty(0)
@@ -177,13 +179,13 @@ def _attention_backward(
         weight = torch.exp(sinks.to(lse.dtype) - lse)
         dsinks = (weight * (dlse - delta)).sum((0, 1)).to(sinks.dtype)
     dq, dk, dv = _plan(plan).run_backward(
-        dout, q, k, v, lse, delta - dlse, scale, softcap or None, blocks
+        dout, q, k, v, lse, delta - dlse, scale, softcap or None, blocks, saved
     )
     return dq, dk, dv, dsinks
 
 
 @_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap, blocks=None):
+def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap, blocks=None, saved=None):
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return (
         q.new_empty(q.shape),
@@ -194,21 +196,21 @@ def _(dout, dlse, q, k, v, out, lse, sinks, plan, scale, softcap, blocks=None):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, sinks, handle, scale, softcap, blocks = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, sinks, out, lse, blocks)
+    q, k, v, sinks, handle, scale, softcap, blocks, _ = inputs
+    out, lse, saved = output
+    ctx.save_for_backward(q, k, v, sinks, out, lse, blocks, saved)
     ctx.handle, ctx.scale, ctx.softcap = handle, scale, softcap
     # Keeps the plan alive until the backward has run. A graph traced for any plan (its handle is
     # symbolic) has no plan to keep: there the caller holds it.
     ctx.plan = _PLANS.get(handle) if isinstance(handle, int) else None
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, sinks, out, lse, blocks = ctx.saved_tensors
+def _backward(ctx, dout, dlse, dsaved):
+    q, k, v, sinks, out, lse, blocks, saved = ctx.saved_tensors
     dq, dk, dv, dsinks = _attention_backward(
-        dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap, blocks
+        dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap, blocks, saved
     )
-    return dq, dk, dv, dsinks if sinks is not None else None, None, None, None, None
+    return dq, dk, dv, dsinks if sinks is not None else None, *[None] * 5
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

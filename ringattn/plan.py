@@ -145,13 +145,16 @@ class Plan:
         scale: float,
         softcap: float | None,
         blocks: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward on this rank: (out in q's dtype, lse). All ranks communicate."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The forward on this rank: (out in q's dtype, lse, saved). All ranks communicate.
+
+        `saved` holds what the backward starts from, flat; empty for most plans.
+        """
         home = forward_home(q, k, v, sinks)
         run = self._run("forward", home, scale, softcap, self.selection(blocks))
         run.execute()
         out, lse = run.slots[Channel.O, 0]
-        return out.to(q.dtype), lse
+        return out.to(q.dtype), lse, self._pack(run, q)
 
     def run_backward(
         self,
@@ -164,13 +167,45 @@ class Plan:
         scale: float,
         softcap: float | None,
         blocks: torch.Tensor | None = None,
+        saved: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The backward on this rank: (dq, dk, dv) in the inputs' dtypes. All ranks communicate."""
         home = backward_home(dout, q, k, v, lse, delta)
-        run = self._run("backward", home, scale, softcap, self.selection(blocks))
+        kept = {} if saved is None else self._unpack(saved, q, k, v)
+        run = self._run("backward", home, scale, softcap, self.selection(blocks), kept)
         run.execute()
         (dq,), (dk, dv) = run.slots[Channel.DQ, 0], run.slots[Channel.DKV, 0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    def saved_numel(self, batch: int) -> int:
+        """Elements of `saved` on this rank for a batch, in the dtype of q."""
+        itemsize = self.context.shapes.itemsize
+        return batch * self.forward.saved_bytes(self.context.rank) // itemsize
+
+    def _pack(self, run: Run, q: torch.Tensor) -> torch.Tensor:
+        """A copy of the saved slots: a run's own memory is used again by the next."""
+        kept = [t for key in self.forward.saved for t in run.slots.get(key, ())]
+        return torch.cat([t.flatten() for t in kept]) if kept else q.new_empty(0)
+
+    def _unpack(
+        self, saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Slots:
+        """`_pack` undone."""
+        home: Slots = {(Channel.Q, 0): (q,), (Channel.K, 0): (k, v)}
+        slots, offset = {}, 0
+        table = self.forward.slots[self.forward.slots["rank"] == self.context.rank]
+        sizes = {(int(s["channel"]), int(s["slot"])): s for s in table}
+        for key in self.forward.saved:
+            if key not in sizes:
+                continue
+            rows, heads, parts = int(sizes[key]["rows"]), int(sizes[key]["heads"]), []
+            for like in home[key[0], 0]:
+                shape = (like.shape[0], rows, heads, like.shape[3])
+                count = shape[0] * rows * heads * shape[3]
+                parts.append(saved[offset : offset + count].view(shape))
+                offset += count
+            slots[key] = tuple(parts)
+        return slots
 
     def kernel_name(self, home: Slots, softcap: float | None) -> str:
         """The local kernel that the context chooses for such home slots."""
@@ -215,6 +250,7 @@ class Plan:
         scale: float,
         softcap: float | None,
         selection: Selection | None,
+        saved: Slots | None = None,
     ) -> Run:
         context, device = self.context, home[Channel.Q, 0][0].device
         program = self.program(direction, context.rank, self.kernel_name(home, softcap), device)
@@ -222,7 +258,7 @@ class Plan:
         if not self._agreed:
             self._agree(fabric)
         fabric.open(program.classes)
-        return Run(program, fabric, context.arena, home, scale, softcap, selection)
+        return Run(program, fabric, context.arena, home, scale, softcap, selection, saved or {})
 
     def _agree(self, fabric: Fabric) -> None:
         try:

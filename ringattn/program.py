@@ -15,12 +15,14 @@ from ringattn.schedule import Schedule, block_tiles_of, tiles_of
 class Part:
     """One move's place in a slot: rows and heads to read or write.
 
-    `key` is (channel, slot); `wire` says in which dtype the data travels.
+    `key` is (channel, slot); `wire` says in which dtype the data travels; the slot's first `skip`
+    tensors do not.
     """
 
     key: tuple[int, int]
     rows: slice
     heads: slice
+    skip: int
     wire: int
     op: int
     take: bool
@@ -150,6 +152,7 @@ def _messages(moves: np.ndarray, members: list[int], *, send: bool) -> tuple[Mes
             key=(int(m["channel"]), int(m[slot])),
             rows=slice(int(m[row]), int(m[row] + m["rows"])),
             heads=slice(int(m[head]), int(m[head] + m["nheads"])),
+            skip=int(m["skip"]),
             wire=int(m["dtype"]),
             op=int(m["op"]),
             take=bool(m["take"]),

@@ -70,7 +70,7 @@ TASK = np.dtype(
 MOVE = np.dtype(
     _ints(
         "post", "land", "src", "dst", "channel", "sslot", "s0", "dslot", "d0", "rows",
-        "sh", "dh", "nheads", "op", "take", "dtype", "lane",
+        "sh", "dh", "nheads", "skip", "op", "take", "dtype", "lane",
     )
 )  # fmt: skip
 _SLOTS = 1 << 20  # more than any slot number
@@ -98,15 +98,18 @@ class Shapes:
         """Heads of a channel's home slot."""
         return self.kv_heads if channel in (Channel.K, Channel.DKV) else self.q_heads
 
-    def row_bytes(self, channel: int, direction: Direction, wire: int) -> int:
-        """Bytes of one row of one head of a payload."""
+    def row_bytes(self, channel: int, direction: Direction, wire: int, skip: int = 0) -> int:
+        """Bytes of one row of one head of a payload, without its first `skip` tensors."""
         size = self.accumulator_itemsize if wire == Wire.ACCUMULATOR else self.itemsize
-        qk, v, acc = self.qk_dim, self.v_dim, self.accumulator_itemsize
-        if channel == Channel.Q:
-            return qk * size if direction == "forward" else (qk + v) * size + 2 * acc
-        if channel == Channel.O:
-            return v * size + acc
-        return {Channel.K: qk + v, Channel.DQ: qk, Channel.DKV: qk + v}[Channel(channel)] * size
+        qk, v, exact = self.qk_dim * size, self.v_dim * size, self.accumulator_itemsize
+        tensors = {
+            Channel.Q: (qk,) if direction == "forward" else (qk, v, exact, exact),
+            Channel.K: (qk, v),
+            Channel.O: (v, exact),
+            Channel.DQ: (qk,),
+            Channel.DKV: (qk, v),
+        }
+        return sum(tensors[Channel(channel)][skip:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,7 +124,8 @@ class Schedule:
             channel is the rank's own shard.
         shapes: what turns rows into bytes.
         matrices: block matrices that tasks name; a task of matrix -1 is a plain band.
-        saved: (channel, slot) pairs of the forward that the backward starts from, beside home.
+        saved: (channel, slot) pairs of Q and K that the forward leaves and the backward starts
+            from: q, k and v lie there already. Equal in both directions.
         key: mask, layout and method, for people and the digest.
     """
 
@@ -150,14 +154,30 @@ class Schedule:
         return digest.hexdigest()
 
     @cached_property
-    def move_bytes(self) -> np.ndarray:
-        """Bytes of each move (per batch element), 0 for local copies; int64 (moves,)."""
+    def payload_bytes(self) -> np.ndarray:
+        """Bytes of each move (per batch element), local copies included; int64 (moves,)."""
+        skips = range(int(self.moves["skip"].max(initial=0)) + 1)
+        row = self.shapes.row_bytes
         table = np.array(
-            [[self.shapes.row_bytes(c, self.direction, w) for w in Wire] for c in Channel]
+            [[[row(c, self.direction, w, k) for k in skips] for w in Wire] for c in Channel]
         )
         m = self.moves
-        size = m["rows"] * m["nheads"] * table[m["channel"], m["dtype"]]
-        return np.where(m["src"] == m["dst"], 0, size)
+        return m["rows"] * m["nheads"] * table[m["channel"], m["dtype"], m["skip"]]
+
+    @cached_property
+    def move_bytes(self) -> np.ndarray:
+        """Bytes of each move on the wire, per batch element: 0 for local copies; int64 (moves,)."""
+        return np.where(self.moves["src"] == self.moves["dst"], 0, self.payload_bytes)
+
+    def saved_bytes(self, rank: int) -> int:
+        """Bytes that a rank keeps from the forward for the backward, per batch element."""
+        mine = self.slots[self.slots["rank"] == rank]
+        kept = [s for s in mine if (int(s["channel"]), int(s["slot"])) in self.saved]
+        row = self.shapes.row_bytes
+        return sum(
+            int(s["rows"] * s["heads"]) * row(int(s["channel"]), "forward", Wire.INPUT)
+            for s in kept
+        )
 
     def bytes(self, rank: int, lane: Lane | None = None) -> int:
         """Bytes that a rank receives per batch element, over one lane or over both."""

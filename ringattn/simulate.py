@@ -64,7 +64,8 @@ def simulate(
         selection = plan.selection(select_whole(q, k, plan.mask))
     options = {"scale": scale, "softcap": softcap, "selection": selection}
     homes = [forward_home(qs[r], ks[r], vs[r], sinks) for r in ranks]
-    runs, sent = _lockstep(plan, "forward", homes, options)
+    runs, sent = _lockstep(plan, "forward", homes, options, [{}] * plan.world)
+    kept = [{key: run.slots[key] for key in plan.forward.saved if key in run.slots} for run in runs]
     partial = [run.slots[Channel.O, 0] for run in runs]
     outs, lses = [out.to(q.dtype) for out, _ in partial], [lse for _, lse in partial]
     if dout is None:
@@ -74,7 +75,7 @@ def simulate(
         (d.to(s.dtype) * o.to(s.dtype)).sum(-1) for d, o, s in zip(douts, outs, lses, strict=True)
     ]
     homes = [backward_home(douts[r], qs[r], ks[r], vs[r], lses[r], deltas[r]) for r in ranks]
-    runs, back = _lockstep(plan, "backward", homes, options)
+    runs, back = _lockstep(plan, "backward", homes, options, kept)
     dq = join([run.slots[Channel.DQ, 0][0] for run in runs]).to(q.dtype)
     dk, dv = (join([run.slots[Channel.DKV, 0][i] for run in runs]).to(k.dtype) for i in (0, 1))
     dsinks = None
@@ -87,7 +88,11 @@ def simulate(
 
 
 def _lockstep(
-    plan: Plan, direction: Direction, homes: list[Slots], options: dict[str, Any]
+    plan: Plan,
+    direction: Direction,
+    homes: list[Slots],
+    options: dict[str, Any],
+    saved: list[Slots],
 ) -> tuple[list[Run], tuple[int, ...]]:
     kernel, device = (
         plan.kernel_name(homes[0], options["softcap"]),
@@ -96,7 +101,7 @@ def _lockstep(
     runs = []
     for rank, fabric in enumerate(LocalFabric.group(plan.world)):
         program = plan.program(direction, rank, kernel, device)
-        runs.append(Run(program, fabric, Arena(), homes[rank], **options))
+        runs.append(Run(program, fabric, Arena(), homes[rank], saved=saved[rank], **options))
     for index in range(plan.schedule(direction).nsteps):
         for run in runs:
             run.post(run.program.steps[index])

@@ -19,6 +19,7 @@ from ringattn.plan import Plan
 from ringattn.races import ACCUMULATORS, check_races
 from ringattn.schedule import Channel, Op, Schedule, bands_of
 
+_WAITING = -2  # less an id: the row's saved tensors are there, the others are not
 _HEAD = 1 << 12  # more than any head count: id = token * _HEAD + head
 
 
@@ -75,7 +76,7 @@ class _State:
         return self.buffers[key]
 
 
-def _start(schedule: Schedule, layout: Layout) -> _State:
+def _start(schedule: Schedule, layout: Layout, saved: _State | None) -> _State:
     shapes, buffers = schedule.shapes, {}
     forward = schedule.direction == "forward"
     channels = (
@@ -94,6 +95,13 @@ def _start(schedule: Schedule, layout: Layout) -> _State:
             buffers[rank, channel, slot] = np.zeros((rows, heads), dtype=np.uint64)
         else:
             buffers[rank, channel, slot] = np.full((rows, heads), -1, dtype=np.int64)
+            if not forward and (channel, slot) in schedule.saved:
+                if saved is None:
+                    raise PlanError("a backward that starts from saved slots needs its forward")
+                ids = saved.at(rank, channel, slot)
+                # Queries wait for dout, lse and delta of their rows.
+                ids = np.where(ids < 0, ids, _WAITING - ids) if channel == Channel.Q else ids
+                buffers[rank, channel, slot] = ids.copy()
     return _State(schedule, buffers)
 
 
@@ -154,19 +162,31 @@ def _land(
             if target.shape != payloads[index].shape:
                 raise PlanError(f"move {index} does not fit its destination slot")
             if op == Op.SET:
+                if m["skip"] and (target != _WAITING - payloads[index]).any():
+                    raise PlanError(f"move {index} skips what its destination does not hold")
                 target[...] = payloads[index]
             else:
                 target += payloads[index]
 
 
-def verify_schedule(schedule: Schedule, mask: Mask, layout: Layout) -> None:
+def verify_schedule(
+    schedule: Schedule, mask: Mask, layout: Layout, forward: "_State | None" = None
+) -> "_State":
     """Checks that a schedule computes exactly the mask's attention (or its gradients).
+
+    Args:
+        schedule: of `mask` over `layout`.
+        forward: what this function returned for the forward, for a backward that starts from slots
+            which the forward saved.
+
+    Returns:
+        The slots at the end.
 
     Raises:
         PlanError: a rule of the schedule is broken, or a row ends with the wrong sum.
     """
     check_races(schedule)
-    state, moves, tasks = _start(schedule, layout), schedule.moves, schedule.tasks
+    state, moves, tasks = _start(schedule, layout, forward), schedule.moves, schedule.tasks
     bands = bands_of(tasks)
     payloads: dict[int, np.ndarray] = {}
     for step in range(schedule.nsteps):
@@ -181,6 +201,7 @@ def verify_schedule(schedule: Schedule, mask: Mask, layout: Layout) -> None:
             _compute(state, tasks[index], bands[index])
         _land(state, moves, payloads, np.flatnonzero(moves["land"] == step))
     _check_home(state, mask, layout)
+    return state
 
 
 def _check_home(state: _State, mask: Mask, layout: Layout) -> None:
@@ -226,5 +247,5 @@ def _whole_tile(mask: Mask, index: int) -> tuple[np.void, BlockMatrix | None]:
 
 def verify(plan: Plan) -> None:
     """Proves both schedules of a plan on integers. Raises PlanError with the first difference."""
-    for schedule in (plan.forward, plan.backward):
-        verify_schedule(schedule, plan.mask, plan.layout)
+    forward = verify_schedule(plan.forward, plan.mask, plan.layout)
+    verify_schedule(plan.backward, plan.mask, plan.layout, forward)

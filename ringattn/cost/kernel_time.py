@@ -78,6 +78,22 @@ def rounded_area(bands: np.ndarray, block_rows: int, block_keys: int) -> np.ndar
     return band_ops.area(padded)
 
 
+def _computed_pairs(
+    schedule: Schedule, bands: np.ndarray, block_rows: int, block_keys: int
+) -> np.ndarray:
+    """Pairs that a kernel computes for each task; allowed blocks of a matrix are counted whole."""
+    tasks = schedule.tasks
+    pairs = rounded_area(bands, block_rows, block_keys)
+    for number, matrix in enumerate(schedule.matrices):
+        q_size, k_size = (float(np.diff(e).mean()) for e in (matrix.q_edges, matrix.k_edges))
+        waste = (
+            _up(np.ceil(q_size), block_rows) / q_size * _up(np.ceil(k_size), block_keys) / k_size
+        )
+        mine = tasks["matrix"] == number
+        pairs[mine] = np.minimum(pairs[mine], tasks["area"][mine] * waste)
+    return pairs
+
+
 def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
     """Counts the work of a schedule for a kernel with these blocks."""
     tasks = schedule.tasks
@@ -96,7 +112,7 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
     block = block_rows if schedule.direction == "forward" else block_keys
     longest = _longest_block(schedule, block) * flops_per_pair(schedule)
     return Load(
-        pairs=table(flat, rounded_area(bands, block_rows, block_keys) * heads),
+        pairs=table(flat, _computed_pairs(schedule, bands, block_rows, block_keys) * heads),
         rows=table(flat, _up(_span(bands, "q"), block_rows) * heads),
         keys=table(flat, _up(_span(bands, "k"), block_keys) * heads),
         tiles=table(flat, None),
@@ -129,7 +145,10 @@ def _longest_block(schedule: Schedule, block: int) -> np.ndarray:
     axis = "k" if schedule.direction == "forward" else "q"
     # At most hi - lo + 1 keys per row, and as many rows per key.
     width = np.minimum(tasks[axis + "1"] - tasks[axis + "0"], tasks["hi"] - tasks["lo"] + block)
-    return block * ceil_div(width, tasks["stride"])
+    longest = block * ceil_div(width, tasks["stride"])
+    # Blocks that a matrix leaves out shorten each row about alike.
+    share = tasks["area"] / np.maximum(band_ops.area(bands_of(tasks)), 1)
+    return np.where(tasks["matrix"] < 0, longest, longest * np.minimum(share, 1))
 
 
 def _merged(schedule: Schedule, tasks: np.ndarray, first: np.ndarray) -> np.ndarray:

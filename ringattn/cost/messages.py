@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.cost.cluster import Cluster
-from ringattn.schedule import Channel, Lane, Op, Schedule, Wire
+from ringattn.schedule import Channel, Lane, Op, Schedule
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +92,7 @@ def copied_bytes(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     shape = (max(schedule.nsteps, 1), world)
     if not len(moves):
         return np.zeros(shape), np.zeros(shape)
-    sizes = _payload(schedule)
+    sizes = schedule.payload_bytes
     key = (moves["post"] * (schedule.nsteps + 1) + moves["land"]) * world + moves["src"]
     key = (key * world + moves["dst"]) * len(Channel) + moves["channel"]
     _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
@@ -107,12 +107,3 @@ def copied_bytes(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
         return np.bincount(flat, weights, shape[0] * world).reshape(shape)
 
     return table("post", "src", pack), table("land", "dst", unpack)
-
-
-def _payload(schedule: Schedule) -> np.ndarray:
-    """Bytes of each move, local copies included."""
-    sizes = np.array(
-        [[schedule.shapes.row_bytes(c, schedule.direction, w) for w in Wire] for c in Channel]
-    )
-    m = schedule.moves
-    return m["rows"] * m["nheads"] * sizes[m["channel"], m["dtype"]]

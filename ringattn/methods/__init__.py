@@ -46,10 +46,10 @@ METHODS = {
     "all_gather": _flat(all_gather),
     "direct": _flat(direct, "stages"),
     "tile": _flat(tile, "tile_a"),
-    "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
-    "usp": Method(usp.forward, usp.backward, ("u",)),
-    "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first")),
-    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages")),
+    "ulysses": Method(ulysses.forward, ulysses.backward, ("u", "save")),
+    "usp": Method(usp.forward, usp.backward, ("u", "save")),
+    "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first", "save")),
+    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "save")),
 }
 
 

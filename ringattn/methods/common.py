@@ -219,11 +219,12 @@ def finish(
     tasks: np.ndarray,
     moves: np.ndarray,
     slot_heads: np.ndarray | None = None,
+    saved: tuple[tuple[int, int], ...] = (),
 ) -> Schedule:
     """Orders the tables, drops empty steps, sizes the slots, and seals the schedule.
 
     `slot_heads` holds the heads of slots beyond home by rank and channel, int64 (P, channels);
-    by default all heads.
+    by default all heads. `saved` is that of the schedule.
     """
     shapes, mask = problem.shapes, problem.mask
     for index in np.flatnonzero(tasks["area"] == UNKNOWN):
@@ -247,5 +248,6 @@ def finish(
         slots=derive_slots(tasks, moves, slot_heads, direction),
         shapes=shapes,
         matrices=mask.matrices,
+        saved=saved,
         key=f"{method}:{mask.key}:{problem.layout.key}",
     )

@@ -7,6 +7,10 @@ Bytes received per rank for equal shards and U dividing Hkv: forward 2 u (Hq + H
 4 n Hq (U-1)/U for lse; backward ((U-1)/U) [u (Hq (2e + g) + 2 Hkv (e + g)) + 8 n Hq]; plus the
 inner plan's for U n rows and a slice of the heads.
 
+With the option "save" the forward keeps each slice's q, k and v for the backward, which then
+receives ((U-1)/U) [u (Hq (e + g) + 2 Hkv g) + 8 n Hq]: as the forward where g = e, but for lse and
+delta. It costs u (Hq + 2 Hkv) e more bytes per layer from forward to backward.
+
 Where U exceeds Hkv, key heads are replicated to the slices that need them, and their gradients are
 summed on the way home. Slices may be uneven; where a slice's query heads do not map evenly onto its
 key heads, it gets one copy of the key head per query head.
@@ -24,6 +28,8 @@ from ringattn.methods.common import Problem, finish, halve, moves_of
 from ringattn.methods.head_groups import QUERY_SIDE, Generator, per_head_group
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT
+
+SAVED = ((int(Channel.Q), 1), (int(Channel.K), 1))  # the pooled tokens of a slice's heads
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,15 @@ def compose(
     moves = [_moves(problem, core, grid, u) for u, core in enumerate(cores)]
     last = max(core.nsteps for core in cores) + 1
     results = (Channel.O,) if direction == "forward" else (Channel.DQ, Channel.DKV)
+    saved = SAVED if problem.options.get("save", 0) else ()
+    starts_from = saved if direction == "backward" else ()
     for u, part in enumerate(slices):
         for channel in (Channel.Q, Channel.K):
-            moves.append(_spread(problem, grid, rows, u, part, channel))
+            spread = _spread(problem, grid, rows, u, part, channel)
+            if (channel, 1) in starts_from:  # q, k and v are there; dout, lse and delta are not
+                spread = spread[:0] if channel == Channel.K else spread
+                spread["skip"] = 1
+            moves.append(spread)
         for channel in results:
             moves.append(_collect(problem, grid, rows, u, part, channel, last))
     if private is not None:
@@ -162,7 +174,7 @@ def compose(
     counts = np.array([[part.count(channel) for channel in Channel] for part in slices])
     slot_heads = counts[grid.member(np.arange(problem.world))]
     return finish(
-        problem, direction, method, np.concatenate(tasks), np.concatenate(moves), slot_heads
+        problem, direction, method, np.concatenate(tasks), np.concatenate(moves), slot_heads, saved
     )
 
 

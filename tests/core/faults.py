@@ -14,7 +14,8 @@ import torch
 
 from ringattn import executor, layouts, masks, program
 from ringattn.kernels import matmul
-from ringattn.methods import METHODS, head_groups, heads, rotation
+from ringattn.methods import METHODS, head_groups, rotation
+from ringattn.methods import heads as head_slicing
 from ringattn.schedule import Channel, Op, Schedule, Shapes
 
 Patch = pytest.MonkeyPatch
@@ -259,7 +260,7 @@ def slices_forget_their_heads(patch: Patch) -> None:
         made["head"] -= part.q0
         return made
 
-    _wrap(patch, heads, "_tasks", tasks)
+    _wrap(patch, head_slicing, "_tasks", tasks)
 
 
 def blocks_start_one_later(patch: Patch) -> None:

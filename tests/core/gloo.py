@@ -41,7 +41,7 @@ def run_case(
     scale = 1 / math.sqrt(x.q.shape[-1])
     q, k, v = (plan.shard(t) for t in (x.q, x.k, x.v))
     blocks = None if plan.mask.routing is None else ra.route(q, k, plan)
-    out, lse = plan.run_forward(q, k, v, x.sinks, scale, x.softcap, blocks)
+    out, lse, _ = plan.run_forward(q, k, v, x.sinks, scale, x.softcap, blocks)
     assert fabric.received_bytes == planned + batch * plan.bytes(rank, "forward")
     assert torch.equal(out, local["out"]), "a forward without autograd gave other bits"
     for name, again in attend(plan, x).items():

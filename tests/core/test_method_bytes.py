@@ -65,6 +65,18 @@ def test_ulysses(heads: tuple[int, int], wire: Wire, g: int) -> None:
 
 
 @pytest.mark.parametrize(("wire", "g"), WIRES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_ulysses_that_saves(heads: tuple[int, int], wire: Wire, g: int) -> None:
+    """The backward moves dout, dq, dk and dv only, with lse and delta: as the forward at g = e."""
+    hq, hkv = heads
+    found = _bytes("ulysses", heads, wire, options={"save": 1})
+    share = (P - 1) / P
+    assert found["forward"] == _bytes("ulysses", heads, wire)["forward"]
+    backward = share * (U * (hq * (E + g) + 2 * hkv * g) + 8 * N * hq)
+    assert found["backward"] == [int(backward)] * P
+
+
+@pytest.mark.parametrize(("wire", "g"), WIRES)
 @pytest.mark.parametrize("a", [1, 2, 4])
 def test_tile_grid(a: int, wire: Wire, g: int) -> None:
     hq, hkv, b = 8, 4, P // a

@@ -52,7 +52,7 @@ def _opcheck(rank: int, world: int, group: dist.ProcessGroup) -> None:
     for extra in (None, sinks):
         arguments = (q, k, v, extra, plan.handle, 0.35, 0.0)
         torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
-    out, lse = plan.run_forward(x.q, x.k, x.v, None, 0.35, None)
+    out, lse, _ = plan.run_forward(x.q, x.k, x.v, None, 0.35, None)
     dlse = torch.zeros_like(lse)
     arguments = (x.dout, dlse, x.q, x.k, x.v, out, lse, None, plan.handle, 0.35, 0.0)
     torch.library.opcheck(
@@ -68,7 +68,7 @@ def test_the_operator_keeps_its_registrations_promises() -> None:
 def test_fake_results_have_the_real_shapes_and_dtypes(dtype: torch.dtype) -> None:
     with torch.device("meta"):
         q, k, v = (torch.empty(2, 5, h, d, dtype=dtype) for h, d in ((4, 16), (1, 16), (1, 8)))
-    out, lse = torch.ops.ringattn.attention(q, k, v, None, 0, 1.0, 0.0)
+    out, lse, _ = torch.ops.ringattn.attention(q, k, v, None, 0, 1.0, 0.0)
     assert (out.shape, out.dtype) == ((2, 5, 4, 8), dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     assert (lse.shape, lse.dtype) == ((2, 5, 4), exact)
