@@ -89,7 +89,7 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     if plan.mask.routing is not None and blocks is None:
         blocks = route(q, k, plan)
-    saved = plan.saved_numel(q.shape[0])
+    saved = plan.saved_numel * q.shape[0]
     return _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks, saved)[0]
 
 

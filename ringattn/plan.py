@@ -33,6 +33,7 @@ class Plan:
         method: name of the plan generator.
         forward, backward: `ringattn.schedule.Schedule`.
         handle: the integer by which `ringattn::attention` finds the plan.
+        saved_numel: elements that this rank keeps from forward to backward, per batch element.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Plan:
         self._programs: dict[tuple[str, int, str, str], Program] = {}
         self._routers: dict[str, Router] = {}
         self._agreed = False
+        # A plain number, so that compiled code need not look into the tables.
+        self.saved_numel = self.forward.saved_bytes(context.rank) // context.shapes.itemsize
 
     def __repr__(self) -> str:
         return f"Plan({self.mask!r}, {self.layout.name}, {self.method}, world={self.world})"
@@ -176,11 +179,6 @@ class Plan:
         run.execute()
         (dq,), (dk, dv) = run.slots[Channel.DQ, 0], run.slots[Channel.DKV, 0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-    def saved_numel(self, batch: int) -> int:
-        """Elements of `saved` on this rank for a batch, in the dtype of q."""
-        itemsize = self.context.shapes.itemsize
-        return batch * self.forward.saved_bytes(self.context.rank) // itemsize
 
     def _pack(self, run: Run, q: torch.Tensor) -> torch.Tensor:
         """A copy of the saved slots: a run's own memory is used again by the next."""
