@@ -42,7 +42,8 @@ def draw_mask(mask: Mask, layout: Layout, path: str | Path) -> None:
     """Writes the mask as a picture, coloured by the rank that owns the query row.
 
     Args:
-        mask: any mask; sequences beyond 320 tokens are shown by the exact area of each cell.
+        mask: any mask; sequences beyond 320 tokens are shown by the exact area of each cell, and
+            the mean over the heads where heads differ.
         layout: over the same tokens.
         path: of the PNG file.
     """
@@ -106,7 +107,7 @@ def paint_mask(axes: "Axes", mask: Mask, layout: Layout) -> None:
     """
     edges = cell_edges(mask.seq_len, MOST_CELLS)
     tokens = np.diff(edges)
-    density = cell_areas(mask, edges) / np.outer(tokens, tokens)
+    density = cell_areas(mask, edges) / (mask.layers * np.outer(tokens, tokens))
     hue = owned_tokens(layout, edges) / tokens[:, None] @ rank_colors(layout.world)
     shade = np.where(density > 0, _FAINTEST + (1 - _FAINTEST) * density, 0)[..., None]
     image = 1 - shade * (1 - hue[:, None, :])
