@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringattn.errors import PlanError
+from ringattn.bounds import check_bounds
 from ringattn.kernels.base import Kernel
-from ringattn.schedule import Channel, Schedule, tiles_of
+from ringattn.schedule import Schedule, tiles_of
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Program:
 def build_program(schedule: Schedule, rank: int, kernel: Kernel, device: torch.device) -> Program:
     """Selects a rank's tasks and moves and prepares its kernel launches. No communication.
 
-    Raises PlanError for a move that would write to the queries or keys at home.
+    Raises PlanError for a schedule that reaches beyond its slots or writes to the caller's tensors.
     """
-    _keep_inputs(schedule)
+    check_bounds(schedule)
     exchanges = _exchanges(schedule, rank)
     launches = _launches(schedule, rank, kernel, device)
     steps = tuple(
@@ -107,19 +107,6 @@ def build_program(schedule: Schedule, rank: int, kernel: Kernel, device: torch.d
     pairs = np.unique(np.stack([moves["lane"], moves["land"] > moves["post"]], axis=1), axis=0)
     classes = tuple((int(lane), bool(long)) for lane, long in pairs)
     return Program(schedule, rank, kernel, steps, slots, classes)
-
-
-def _keep_inputs(schedule: Schedule) -> None:
-    """Home slots of queries and keys are the caller's own tensors, which autograd has saved."""
-    moves = schedule.moves
-    operand = (moves["channel"] == Channel.Q) | (moves["channel"] == Channel.K)
-    written = operand & ((moves["dslot"] == 0) | ((moves["take"] != 0) & (moves["sslot"] == 0)))
-    if written.any():
-        m = moves[int(np.flatnonzero(written)[0])]
-        raise PlanError(
-            f"{schedule.direction} plan: a move from rank {m['src']} to rank {m['dst']} writes to "
-            f"{Channel(m['channel']).name} at home, the caller's own tensor"
-        )
 
 
 def _launches(

@@ -7,7 +7,6 @@ Everything follows from a seed, which every failure names. `--seed N` starts the
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 
 import ringattn as ra
 from ringattn import PlanError, executor
+from ringattn.bounds import check_bounds
 from ringattn.schedule import Channel, Lane, Op, Schedule, Wire
 from ringattn.verify import verify_schedule
 from tests.closeness import rel_error
@@ -37,7 +37,6 @@ from tests.ranks import run_ranks
 BATCHES, PLANS = 8, 4  # plans of the default run: so many tests of so many plans
 FAULTS = 12  # per plan
 FULL = 4000
-REFUSALS = (PlanError, IndexError, ValueError)  # of the verifier
 
 
 @pytest.fixture
@@ -87,8 +86,6 @@ def _outcome(plan: ra.Plan, case: Case) -> str:
     try:
         got = simulate_plan(plan, inputs_of(case))
         errors = relative_errors(got, reference_of(case))
-    except PlanError:
-        return "the executor refuses it"
     except Exception as error:
         return f"it does not run: {error}"
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
@@ -100,7 +97,9 @@ def _try_fault(case: Case, plan: ra.Plan, rng: np.random.Generator) -> str:
 
     What the verifier accepts must run and be exact. Where it says that outputs end wrong, they
     must be wrong in numbers too; gradients need not be, for a row that sees one key has none.
+    Runs without sinks: the verifier does not know of the sink that outputs at home start from.
     """
+    case = case | {"kernel": case["kernel"].removesuffix("+sinks")}
     forward = bool(rng.integers(2))
     what, broken = random_fault(plan.forward if forward else plan.backward, rng)
     pair = (broken, plan.backward) if forward else (plan.forward, broken)
@@ -112,10 +111,7 @@ def _try_fault(case: Case, plan: ra.Plan, rng: np.random.Generator) -> str:
             assert _outcome(changed, case), f"{direction}, {what}: refused ({refusal}), but exact"
         return "verifier"
     outcome = _outcome(changed, case)
-    if outcome == "the executor refuses it":
-        return "executor"
-    if not _overwrites_sinks(broken, case):
-        assert not outcome, f"{direction}, {what}: the verifier accepts it, but {outcome}"
+    assert not outcome, f"{direction}, {what}: the verifier accepts it, but {outcome}"
     return "nobody"
 
 
@@ -123,19 +119,11 @@ def _refusal(schedule: Schedule, plan: ra.Plan) -> str:
     """Why the verifier refuses a schedule in the place of one of the plan's; empty where it does
     not."""
     try:
-        with np.errstate(divide="ignore"):
-            verify_schedule(schedule, plan.mask, plan.layout)
-    except REFUSALS as error:
-        return f"{type(error).__name__}: {error}"
+        check_bounds(schedule)
+        verify_schedule(schedule, plan.mask, plan.layout)
+    except PlanError as error:
+        return str(error)
     return ""
-
-
-def _overwrites_sinks(schedule: Schedule, case: Case) -> bool:
-    """Whether a SET lands on outputs at home that start at a sink. Right for calls without sinks,
-    and a plan does not know whether its calls have them."""
-    moves = schedule.moves
-    sets = (moves["channel"] == Channel.O) & (moves["dslot"] == 0) & (moves["op"] == Op.SET)
-    return case["kernel"].endswith("+sinks") and bool(sets.any())
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -145,23 +133,6 @@ def test_a_random_fault_is_refused_or_harmless(batch: int, first_seed: int) -> N
     with _naming(case):
         noticed = [_try_fault(case, plan, rng) for _ in range(FAULTS)]
     assert "verifier" in noticed, f"{case}: no fault was noticed"
-
-
-@pytest.mark.parametrize("channel", [Channel.Q, Channel.K])
-@pytest.mark.parametrize("change", ["a landing", "a take"])
-def test_the_callers_tensors_are_never_written_to(channel: Channel, change: str) -> None:
-    """A move that would overwrite or clear the operands at home is refused before it runs."""
-    case = random_case(0)
-    plan = random_plan(case)
-    moves = plan.forward.moves.copy()
-    end, slot = ("dst", "dslot") if change == "a landing" else ("src", "sslot")
-    index = int(np.flatnonzero((moves["channel"] == channel) & (moves["src"] != moves["dst"]))[0])
-    moves[slot][index] = 0
-    moves["take"][index] = change == "a take"
-    broken = replace(plan.forward, moves=moves)
-    changed = ra.Plan(plan.context, plan.mask, plan.layout, "broken", (broken, plan.backward))
-    with pytest.raises(PlanError, match=f"{channel.name} at home, the caller's own tensor"):
-        changed.program("forward", int(moves[end][index]), "matmul", torch.device("cpu"))
 
 
 def _facts(schedule: Schedule) -> dict[str, np.ndarray]:
