@@ -1,8 +1,8 @@
 """Masks, layouts and inputs that the core's tests share.
 
-A case is a dict: mask, layout, method, world, heads (Hq, Hkv) or group (query heads per key head,
-of 4 query heads), batch, kernel. `method` may carry a stage count ("direct:3"), `kernel` an extra
-("matmul+softcap").
+A case is a dict: mask, layout, method, world, heads ("8:2") or group (query heads per key head, of
+4 query heads), batch, kernel, and optionally node (ranks of a node). `method` may carry options
+("direct:stages=3", short "direct:3"), `kernel` an extra ("matmul+softcap").
 """
 
 from collections.abc import Callable
@@ -90,6 +90,11 @@ LAYOUTS: dict[str, Callable[[Mask, int], Layout]] = {
     "scattered": _scattered,
 }
 
+NODE_LAYOUTS: dict[str, Callable[[Mask, int, int], Layout]] = {
+    "node_balanced": layouts.node_balanced,
+    "hybrid": layouts.hybrid,
+}
+
 METHOD_NAMES = [*METHODS, "direct:3"]
 KERNELS = [
     "cpu_flash", "cpu_flash+sinks", "matmul", "matmul+sinks", "matmul+softcap", "matmul+dims",
@@ -167,7 +172,24 @@ def head_dims(kernel: str) -> tuple[int, int]:
 
 def heads_of(case: Case) -> tuple[int, int]:
     """(Hq, Hkv) of a case."""
-    return tuple(case["heads"]) if "heads" in case else (HEADS, HEADS // case["group"])
+    if "heads" not in case:
+        return HEADS, HEADS // case["group"]
+    q_heads, kv_heads = case["heads"].split(":")
+    return int(q_heads), int(kv_heads)
+
+
+def layout_of(case: Case) -> Layout:
+    """The layout of a case."""
+    mask, world, name = mask_of(case["mask"]), case["world"], case["layout"]
+    if name in NODE_LAYOUTS:
+        return NODE_LAYOUTS[name](mask, world, case.get("node", world))
+    return LAYOUTS[name](mask, world)
+
+
+def options_of(method: str) -> dict[str, int]:
+    """The options after a method's name: "usp:u=2" or, for stages, "direct:3"."""
+    pairs = (part.rpartition("=") for part in method.split(":")[1:])
+    return {name or "stages": int(value) for name, _, value in pairs}
 
 
 def inputs_of(case: Case) -> Inputs:
@@ -190,17 +212,16 @@ def reference_of(case: Case) -> DenseAttention:
 
 def context_of(case: Case, group: Any, **options: Any) -> ra.ContextParallel:
     """The context of a case over a group (or a number of simulated ranks)."""
-    method, _, stages = case["method"].partition(":")
-    mask = mask_of(case["mask"])
     return ra.ContextParallel(
         group,
         heads=heads_of(case),
         head_dim=head_dims(case["kernel"]),
         dtype=options.pop("dtype", torch.float64),
-        method=method,
-        layout=LAYOUTS[case["layout"]](mask, case["world"]),
+        method=case["method"].partition(":")[0],
+        layout=layout_of(case),
         kernel=case["kernel"].partition("+")[0],
-        options={"stages": int(stages)} if stages else None,
+        ranks_per_node=options.pop("ranks_per_node", case.get("node")),
+        options=options_of(case["method"]) or None,
         **options,
     )
 

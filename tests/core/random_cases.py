@@ -10,7 +10,7 @@ from ringattn.tiles import intersect
 from tests.core.cases import KERNELS, LAYOUTS, MASKS, Case, context_of, mask_of
 from tests.core.random_plans import random_schedule
 
-HEAD_COUNTS = [(4, 4), (4, 1), (8, 1), (6, 2), (3, 3), (4, 2)]
+HEAD_COUNTS = ["4:4", "4:1", "8:1", "6:2", "3:3", "4:2"]
 
 
 def random_case(seed: int, world: int | None = None, pieces: int = 160) -> Case:
