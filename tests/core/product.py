@@ -34,7 +34,7 @@ RANKS = [
     (6, 6), (8, 1), (8, 2), (8, 4), (8, 8),
 ]  # fmt: skip
 """(ranks, ranks of a node)."""
-FEW_RANKS = [(1, 1), (2, 2), (3, 1), (4, 1), (4, 2), (5, 5), (6, 2), (8, 2), (8, 8)]
+FEW_RANKS = [r for r in RANKS if r not in ((5, 1), (6, 1), (6, 6), (8, 1), (8, 4))]
 CONTEXT_FIRST = "loongtrain:u=2:context_first=1"
 METHODS = [
     *METHOD_NAMES, CONTEXT_FIRST, "tile:tile_a=2", "ulysses:u=2", "usp:u=2", "hybrid:u=2:stages=2",
