@@ -213,4 +213,8 @@ def test_many_random_plans(first_seed: int, grid_seconds: float | None) -> None:
 
     cases = [random_case(first_seed + seed, pieces=500) for seed in range(FULL)]
     axes = ("mask", "layout", "world", "heads")
-    run_grid("random_plans", cases, check, tolerance=TOLERANCE, axes=axes, seconds=grid_seconds)
+    note = "Random plans of random cases, each from its seed, with three random faults to each."
+    run_grid(
+        "random_plans", cases, check,
+        tolerance=TOLERANCE, axes=axes, seconds=grid_seconds, note=note,
+    )  # fmt: skip
