@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ringattn.bounds import check_bounds
 from ringattn.kernels.base import Kernel
 from ringattn.schedule import Schedule, block_tiles_of, tiles_of
 
@@ -85,7 +86,11 @@ class Program:
 
 
 def build_program(schedule: Schedule, rank: int, kernel: Kernel, device: torch.device) -> Program:
-    """Selects a rank's tasks and moves and prepares its kernel launches. No communication."""
+    """Selects a rank's tasks and moves and prepares its kernel launches. No communication.
+
+    Raises PlanError for a schedule that reaches beyond its slots or writes to the caller's tensors.
+    """
+    check_bounds(schedule)
     exchanges = _exchanges(schedule, rank)
     launches = _launches(schedule, rank, kernel, device)
     steps = tuple(

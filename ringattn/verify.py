@@ -2,8 +2,9 @@
 
 Rows carry token and head ids instead of vectors. A query row has a random weight u, a key row a
 random weight w (both functions of the id, modulo 2**64); the kernel adds u * sum of w over the
-allowed keys to the output row, and u * w to the gradients. A plan is right iff every home row ends
-with the sum that the mask gives. Coverage by area alone would miss rows that swap places.
+allowed keys to the output row, and u * w to the gradients. Outputs at home start from a third
+weight, as they may from a sink. A plan is right iff every home row ends with the sum that the mask
+gives. Coverage by area alone would miss rows that swap places.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.bands import BAND_FIELDS, ceil_div
+from ringattn.bounds import check_bounds
 from ringattn.errors import PlanError
 from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, allowed_pairs
 from ringattn.layout import Layout
@@ -19,6 +21,7 @@ from ringattn.plan import Plan
 from ringattn.races import ACCUMULATORS, check_races
 from ringattn.schedule import Channel, Op, Schedule, bands_of
 
+_SINK = 2  # salt of the weights that outputs at home start from
 _WAITING = -2  # less an id: the row's saved tensors are there, the others are not
 _HEAD = 1 << 12  # more than any head count: id = token * _HEAD + head
 
@@ -86,10 +89,13 @@ def _start(schedule: Schedule, layout: Layout, saved: _State | None) -> _State:
         tokens = layout.positions(rank)
         for channel in channels:
             heads = shapes.heads(channel)
-            if channel in ACCUMULATORS:
+            ids = tokens[:, None] * _HEAD + np.arange(heads)
+            if channel == Channel.O:  # may hold a sink from the start, which must stay
+                buffers[rank, channel, 0] = _weight(ids, _SINK)
+            elif channel in ACCUMULATORS:
                 buffers[rank, channel, 0] = np.zeros((len(tokens), heads), dtype=np.uint64)
             else:
-                buffers[rank, channel, 0] = tokens[:, None] * _HEAD + np.arange(heads)
+                buffers[rank, channel, 0] = ids
     for rank, channel, slot, rows, heads in (tuple(int(x) for x in s) for s in schedule.slots):
         if channel in ACCUMULATORS:
             buffers[rank, channel, slot] = np.zeros((rows, heads), dtype=np.uint64)
@@ -185,6 +191,7 @@ def verify_schedule(
     Raises:
         PlanError: a rule of the schedule is broken, or a row ends with the wrong sum.
     """
+    check_bounds(schedule)
     check_races(schedule)
     state, moves, tasks = _start(schedule, layout, forward), schedule.moves, schedule.tasks
     bands = bands_of(tasks)
@@ -222,7 +229,8 @@ def _check_home(state: _State, mask: Mask, layout: Layout) -> None:
         rows, columns = _sums(tile, matrix, band, u[q_rows][:, heads], own)
         by_query[q_rows, heads[0] : heads[-1] + 1] += rows
         np.add.at(by_key[k_rows].T, kv_of_head[heads], columns.T)
-    expected = {Channel.O: u * by_query, Channel.DQ: u * by_query, Channel.DKV: w * by_key}
+    out = u * by_query + _weight(q_ids, _SINK)
+    expected = {Channel.O: out, Channel.DQ: u * by_query, Channel.DKV: w * by_key}
     forward = state.schedule.direction == "forward"
     for channel in (Channel.O,) if forward else (Channel.DQ, Channel.DKV):
         for rank in range(layout.world):

@@ -68,6 +68,7 @@ def run_grid(
     axes: tuple[str, ...] = ("mask", "method", "layout"),
     results: Path = RESULTS,
     seconds: float | None = None,
+    note: str = "",
 ) -> dict[str, Any]:
     """Runs the cases not yet run on these sources, writes the summary and returns it.
 
@@ -77,6 +78,7 @@ def run_grid(
         axes: the summary counts outcomes by each value of these axes.
         seconds: no case starts later than this; the summary then counts what was not run, and a
             rerun goes on there. None runs everything.
+        note: what the summary says about the cases, such as that they are a sample.
 
     Raises AssertionError, after all cases, naming the failed ones.
     """
@@ -100,6 +102,8 @@ def run_grid(
             outcome[key] = done[key]
     summary = _summarise(list(outcome.values()), tolerance, digest, axes)
     summary["total"]["not_run"] = not_run
+    if note:
+        summary["note"] = note
     write_summary(name, summary, results)
     failed = [result for result in outcome.values() if result.status == "failed"]
     lines = [f"{r.case}: {r.message.strip().splitlines()[-1]}" for r in failed[:MAX_REPORTED]]
@@ -193,6 +197,7 @@ def _markdown(name: str, summary: dict[str, Any]) -> str:
     lines = [
         f"## {name}",
         "",
+        *([summary["note"], ""] if "note" in summary else []),
         f"Largest relative error allowed: {summary['tolerance']:.0e}. "
         f"Sources {summary['sources']}, {versions}. "
         f"Cases not run yet: {summary['total'].get('not_run', 0)}.",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 MAX_PRODUCT = 1_000_000
+ATTEMPTS = 40  # cases drawn for a pair before it counts as one that no allowed case contains
 
 
 def pairwise(
@@ -55,3 +56,62 @@ def _greedy_cover(pair_ids: np.ndarray) -> list[int]:
         chosen.append(row)
         uncovered[pair_ids[row]] = False
     return chosen
+
+
+def drawn_pairwise(
+    axes: dict[str, list], allowed: Callable[[dict[str, Any]], bool], seed: int = 0
+) -> list[dict[str, Any]]:
+    """As `pairwise`, for products of any size: cases are drawn instead of listed.
+
+    Each case starts from a pair still uncovered and takes, axis by axis in random order, the value
+    that covers most. Deterministic for a seed. A pair that `ATTEMPTS` draws put into no allowed
+    case is left out.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(axes)
+    open_pairs = {
+        (a, i, b, j): None
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
+    }
+    cases = []
+    while open_pairs:
+        a, i, b, j = next(iter(open_pairs))
+        for attempt in range(ATTEMPTS):
+            chosen = _draw({a: i, b: j}, [len(v) for v in axes.values()], open_pairs, rng, attempt)
+            case = {name: axes[name][index] for name, index in zip(names, chosen, strict=True)}
+            if allowed(case):
+                cases.append(case)
+                break
+        else:
+            chosen = []
+            del open_pairs[a, i, b, j]
+        for (x, m), (y, n) in itertools.combinations(enumerate(chosen), 2):
+            open_pairs.pop((x, m, y, n), None)
+    return cases
+
+
+def _draw(
+    fixed: dict[int, int],
+    sizes: list[int],
+    open_pairs: dict[tuple[int, int, int, int], None],
+    rng: np.random.Generator,
+    attempt: int,
+) -> list[int]:
+    """A case with the fixed values; later attempts leave more of the other values to chance."""
+    chosen = dict(fixed)
+    for axis in rng.permutation([x for x in range(len(sizes)) if x not in fixed]).tolist():
+        values = rng.permutation(sizes[axis]).tolist()
+        if rng.random() >= attempt / ATTEMPTS:
+            values.sort(key=lambda value: -_gain(axis, value, chosen, open_pairs))
+        chosen[axis] = values[0]
+    return [chosen[axis] for axis in range(len(sizes))]
+
+
+def _gain(
+    axis: int, value: int, chosen: dict[int, int], open_pairs: dict[tuple[int, int, int, int], None]
+) -> int:
+    """Open pairs that a value of an axis closes with those chosen."""
+    pairs = ((x, m, axis, value) if x < axis else (axis, value, x, m) for x, m in chosen.items())
+    return sum(pair in open_pairs for pair in pairs)

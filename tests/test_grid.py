@@ -46,6 +46,14 @@ def test_a_rerun_skips_what_passed_and_keeps_the_summary(tmp_path: Path) -> None
     assert summary["by"]["mask"]["causal"]["ok"] == 2
 
 
+def test_a_note_stands_in_the_summary(tmp_path: Path) -> None:
+    summary = run_grid(
+        "g", CASES, Checker(), tolerance=1e-12, results=tmp_path, note="Half of the cases."
+    )
+    assert summary["note"] == "Half of the cases."
+    assert "\n## g\n\nHalf of the cases.\n\n" in (tmp_path / "summary.md").read_text()
+
+
 def test_a_line_torn_by_a_kill_is_run_again(tmp_path: Path) -> None:
     run_grid("g", CASES, Checker(), tolerance=1e-12, results=tmp_path)
     journal = tmp_path / "g.jsonl"

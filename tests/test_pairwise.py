@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.pairwise import pairwise
+from tests.pairwise import drawn_pairwise, pairwise
 
 AXES: dict[str, list] = {
     "mask": [f"mask{i}" for i in range(12)],
@@ -55,3 +55,22 @@ def test_one_axis_gives_each_value_once() -> None:
 def test_impossible_axes_are_refused(axes: dict[str, list]) -> None:
     with pytest.raises(ValueError, match="axis|exceeds"):
         pairwise(axes)
+
+
+def test_drawn_cases_cover_the_same_pairs() -> None:
+    def allowed(case: dict[str, Any]) -> bool:
+        return not (case["layout"] == "striped" and case["world"] == 1)
+
+    cases = drawn_pairwise(AXES, allowed)
+    assert all(map(allowed, cases))
+    assert _pairs(cases) == _pairs([case for case in _product(AXES) if allowed(case)])
+    assert 48 <= len(cases) <= 66
+    assert cases == drawn_pairwise(AXES, allowed)
+    assert cases != drawn_pairwise(AXES, allowed, seed=1)
+
+
+def test_drawn_cases_of_a_product_too_large_to_list() -> None:
+    axes: dict[str, list] = {f"axis{i}": list(range(8)) for i in range(10)}
+    cases = drawn_pairwise(axes, lambda case: True)
+    assert len(_pairs(cases)) == 45 * 64
+    assert 64 <= len(cases) <= 160

@@ -1,7 +1,8 @@
 """Masks, layouts and inputs that the core's tests share.
 
-A case is a dict: mask, layout, method, world, group (query heads per key head), batch, kernel.
-`method` may carry a stage count ("direct:3"), `kernel` an extra ("matmul+softcap").
+A case is a dict: mask, layout, method, world, heads ("8:2") or group (query heads per key head, of
+4 query heads), batch, kernel, and optionally node (ranks of a node). `method` may carry options
+("direct:stages=3", short "direct:3"), `kernel` an extra ("matmul+softcap").
 """
 
 from collections.abc import Callable
@@ -115,6 +116,11 @@ LAYOUTS: dict[str, Callable[[Mask, int], Layout]] = {
     "scattered": _scattered,
 }
 
+NODE_LAYOUTS: dict[str, Callable[[Mask, int, int], Layout]] = {
+    "node_balanced": layouts.node_balanced,
+    "hybrid": layouts.hybrid,
+}
+
 METHOD_NAMES = [*METHODS, "direct:3"]
 KERNELS = [
     "cpu_flash", "cpu_flash+sinks", "matmul", "matmul+sinks", "matmul+softcap", "matmul+dims",
@@ -159,9 +165,16 @@ class Inputs:
         return {"sinks": self.sinks, "softcap": self.softcap}
 
 
-@lru_cache(maxsize=64)
 def inputs(seq_len: int, group: int, batch: int, kernel: str = "matmul", seed: int = 0) -> Inputs:
-    """float64 inputs, the same in every process."""
+    """float64 inputs of 4 query heads, the same in every process."""
+    return draw_inputs(seq_len, (HEADS, HEADS // group), batch, kernel, seed)
+
+
+@lru_cache(maxsize=64)
+def draw_inputs(
+    seq_len: int, heads: tuple[int, int], batch: int, kernel: str = "matmul", seed: int = 0
+) -> Inputs:
+    """float64 inputs of (Hq, Hkv) heads, the same in every process."""
     generator = torch.Generator().manual_seed(seed)
     qk_dim, v_dim = head_dims(kernel)
 
@@ -169,11 +182,11 @@ def inputs(seq_len: int, group: int, batch: int, kernel: str = "matmul", seed: i
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     return Inputs(
-        q=draw(batch, seq_len, HEADS, qk_dim),
-        k=draw(batch, seq_len, HEADS // group, qk_dim),
-        v=draw(batch, seq_len, HEADS // group, v_dim),
-        dout=draw(batch, seq_len, HEADS, v_dim),
-        sinks=draw(HEADS) if kernel.endswith("+sinks") else None,
+        q=draw(batch, seq_len, heads[0], qk_dim),
+        k=draw(batch, seq_len, heads[1], qk_dim),
+        v=draw(batch, seq_len, heads[1], v_dim),
+        dout=draw(batch, seq_len, heads[0], v_dim),
+        sinks=draw(heads[0]) if kernel.endswith("+sinks") else None,
         softcap=1.5 if kernel.endswith("+softcap") else None,
     )
 
@@ -183,37 +196,67 @@ def head_dims(kernel: str) -> tuple[int, int]:
     return (16, HEAD_DIM) if kernel.endswith("+dims") else (HEAD_DIM, HEAD_DIM)
 
 
+def heads_of(case: Case) -> tuple[int, int]:
+    """(Hq, Hkv) of a case."""
+    if "heads" not in case:
+        return HEADS, HEADS // case["group"]
+    q_heads, kv_heads = case["heads"].split(":")
+    return int(q_heads), int(kv_heads)
+
+
+def fits_heads(case: Case) -> bool:
+    """Whether the head groups of a case's mask make up its query heads."""
+    try:
+        mask_of(case["mask"]).head_counts(heads_of(case)[0])
+    except ra.UserError:
+        return False
+    return True
+
+
+def layout_of(case: Case) -> Layout:
+    """The layout of a case."""
+    mask, world, name = mask_of(case["mask"]), case["world"], case["layout"]
+    if name in NODE_LAYOUTS:
+        return NODE_LAYOUTS[name](mask, world, case.get("node", world))
+    return LAYOUTS[name](mask, world)
+
+
+def options_of(method: str) -> dict[str, int]:
+    """The options after a method's name: "usp:u=2" or, for stages, "direct:3"."""
+    pairs = (part.rpartition("=") for part in method.split(":")[1:])
+    return {name or "stages": int(value) for name, _, value in pairs}
+
+
 def inputs_of(case: Case) -> Inputs:
     """Inputs of a case."""
     seq_len = mask_of(case["mask"]).seq_len
-    return inputs(seq_len, case["group"], case["batch"], case["kernel"])
+    return draw_inputs(seq_len, heads_of(case), case["batch"], case["kernel"])
 
 
 @lru_cache(maxsize=64)
-def _reference(mask: str, group: int, batch: int, extra: str) -> DenseAttention:
-    x = inputs(mask_of(mask).seq_len, group, batch, extra)
+def _reference(mask: str, heads: tuple[int, int], batch: int, extra: str) -> DenseAttention:
+    x = draw_inputs(mask_of(mask).seq_len, heads, batch, extra)
     return ra.reference(x.q, x.k, x.v, mask_of(mask), x.dout, **x.extras)
 
 
 def reference_of(case: Case) -> DenseAttention:
     """The dense float64 reference of a case."""
     extra = "matmul" + case["kernel"].removeprefix("matmul").removeprefix("cpu_flash")
-    return _reference(case["mask"], case["group"], case["batch"], extra)
+    return _reference(case["mask"], heads_of(case), case["batch"], extra)
 
 
 def context_of(case: Case, group: Any, **options: Any) -> ra.ContextParallel:
     """The context of a case over a group (or a number of simulated ranks)."""
-    method, _, stages = case["method"].partition(":")
-    mask = mask_of(case["mask"])
     return ra.ContextParallel(
         group,
-        heads=(HEADS, HEADS // case["group"]),
+        heads=heads_of(case),
         head_dim=head_dims(case["kernel"]),
         dtype=options.pop("dtype", torch.float64),
-        method=method,
-        layout=LAYOUTS[case["layout"]](mask, case["world"]),
+        method=case["method"].partition(":")[0],
+        layout=layout_of(case),
         kernel=case["kernel"].partition("+")[0],
-        options={"stages": int(stages)} if stages else None,
+        ranks_per_node=options.pop("ranks_per_node", case.get("node")),
+        options=options_of(case["method"]) or None,
         **options,
     )
 

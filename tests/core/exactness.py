@@ -39,7 +39,7 @@ def assert_exact(errors: dict[str, float]) -> None:
 
 
 def check_case(case: Case, plan: ra.Plan | None = None) -> None:
-    """Proves the plan of a case on integers, then holds its results against the reference."""
+    """Holds the simulated results of a case against the reference, with this plan or its own."""
     plan = plan or plan_of(case)
     result = simulate_plan(plan, inputs_of(case))
     assert_exact(relative_errors(result, reference_of(case)))

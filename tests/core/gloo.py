@@ -1,6 +1,7 @@
 """What a real rank runs for the tests: a case by autograd, its bytes, and a second run."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,14 +26,18 @@ def attend(plan: ra.Plan, x: Inputs) -> Results:
 
 
 def run_case(
-    group: dist.ProcessGroup, case: Case, x: Inputs | None = None, **options: Any
+    group: dist.ProcessGroup,
+    case: Case,
+    x: Inputs | None = None,
+    make: Callable[..., ra.Plan] = plan_of,
+    **options: Any,
 ) -> Results:
     """Whole tensors of one case as this rank sees them; checks bytes, bits and shards.
 
-    dsinks is the sum over ranks; lse comes from a forward without autograd.
+    dsinks is the sum over ranks; lse comes from a forward without autograd. `make` makes the plan.
     """
     x = x or inputs_of(case)
-    plan = plan_of(case, group, **options)
+    plan = make(case, group, **options)
     fabric = plan.context.fabric(torch.device("cpu"))
     rank, batch = dist.get_rank(group), x.q.shape[0]
     local = attend(plan, x)
@@ -56,13 +61,19 @@ def run_case(
     return whole
 
 
-def run_cases(rank: int, world: int, group: dist.ProcessGroup, cases: list[Case]) -> list[Results]:
+def run_cases(
+    rank: int,
+    world: int,
+    group: dist.ProcessGroup,
+    cases: list[Case],
+    make: Callable[..., ra.Plan] = plan_of,
+) -> list[Results]:
     """`run_case` for each case."""
     del rank, world
     results = []
     for case in cases:
         try:
-            results.append(run_case(group, case))
+            results.append(run_case(group, case, make=make))
         except Exception as error:
             raise AssertionError(f"{case}: {error}") from error
     return results

@@ -5,8 +5,9 @@ SET and ADDs that land on the same rows in one step, and head ranges on moves an
 
 Forward, step 0: every rank's queries go to every other rank, half of the heads per move; local
 tasks fill a partial in slot 1 + rank. Step 1: the visiting queries are computed. At the end of
-step 1 or 2 the local partial is copied home (SET) and the visiting ones are merged into it (ADD).
-The backward is the same with dO, lse and delta beside the queries; dK and dV stay at home.
+step 1 or 2 the local partial and the visiting ones are merged at home (ADD), which may hold a sink.
+The backward is the same with dO, lse and delta beside the queries, but that the local partial of dQ
+is copied home (SET); dK and dV stay at home.
 """
 
 import numpy as np
@@ -76,7 +77,7 @@ def _returns(problem: Problem, out: Channel, half: int) -> np.ndarray:
         sslot=1 + owner,
         dslot=0,
         rows=problem.layout.sizes[owner],
-        op=np.where(owner == visited, Op.SET, Op.ADD),
+        op=np.where((owner == visited) & (out == Channel.DQ), Op.SET, Op.ADD),
         take=1,
         dtype=problem.wire,
     )

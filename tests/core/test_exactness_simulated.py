@@ -1,7 +1,9 @@
 """Plans over simulated ranks, in float64, against the dense reference.
 
-The default run takes a pairwise-covering part of mask × layout × method × world × group × batch ×
-kernel (with sinks, softcap, unequal head dims); the whole product is marked full and resumable.
+The default run takes a pairwise-covering part of mask × layout × method × ranks and nodes × heads ×
+batch × kernel (with sinks, softcap, unequal head dims), and one of other dtypes; the whole product
+is marked full and resumable. Every plan is proved on integers too. `tests/core/product.py` has the
+axes.
 """
 
 import itertools
@@ -11,12 +13,11 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn import Mask, UserError, masks
+from ringattn import Mask, PlanError, UserError, masks
 from ringattn.choice import imbalance
 from ringattn.methods import METHODS
+from tests.core import product
 from tests.core.cases import (
-    AXES,
-    KERNELS,
     LAYOUTS,
     MASKS,
     METHOD_NAMES,
@@ -40,9 +41,8 @@ from tests.core.exactness import (
 )
 from tests.core.handmade import travelling_plan
 from tests.grid import run_grid
-from tests.pairwise import pairwise
 
-COVERING = pairwise(AXES)
+COVERING = product.covering()
 LARGE: dict[str, Mask] = {
     "causal": masks.causal(320),
     "window": masks.sliding_window(320, 150, 0),
@@ -68,35 +68,59 @@ def _case(**values: Any) -> Case:
 def test_a_covering_part_of_the_product(mask: str) -> None:
     for case in (c for c in COVERING if c["mask"] == mask):
         try:
-            assert_exact(simulated_errors(case))
-        except AssertionError as error:
+            assert_exact(product.proved_errors(case))
+        except (AssertionError, PlanError) as error:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def test_the_covering_part_covers_every_mask_layout_and_method() -> None:
-    for a, b in itertools.combinations(AXES, 2):
-        pairs = {(case[a], case[b]) for case in COVERING}
-        assert pairs == set(itertools.product(AXES[a], AXES[b]))
+@pytest.mark.parametrize("precision", product.PRECISION_AXES["precision"])
+def test_a_covering_part_in_other_dtypes(precision: str) -> None:
+    for case in (c for c in product.covering_precisions() if c["precision"] == precision):
+        parts = product.part_of_allowed(case)
+        assert max(parts.values()) <= 1, f"{case}: {parts} of the errors allowed"
+
+
+def test_the_covering_part_covers_what_is_allowed() -> None:
+    """Every two values of two axes that some case of the whole product has together."""
+    cases = [product.values_of(case) for case in COVERING]
+    axes = {name: {case[name] for case in cases} for name in product.AXES}
+    assert axes["ranks"] == set(product.FEW_RANKS)
+    assert axes["method"] == {*METHOD_NAMES, product.CONTEXT_FIRST}
+    for name in ("mask", "layout", "heads", "batch", "kernel"):
+        assert axes[name] == set(product.AXES[name])
+    whole = [product.values_of(case) for case in product.whole()]
+    for a, b in itertools.combinations(product.AXES, 2):
+        possible = {(c[a], c[b]) for c in whole if c[a] in axes[a] and c[b] in axes[b]}
+        assert possible <= {(case[a], case[b]) for case in cases}
 
 
 @pytest.mark.full
-@pytest.mark.timeout(4 * 3600)
+@pytest.mark.timeout(8 * 3600)
 def test_the_whole_product(grid_seconds: float | None) -> None:
-    # The extras (sinks, softcap, other value dims) travel with the cases of matmul in turn.
-    extras = [kernel for kernel in KERNELS if kernel != "cpu_flash"]
-    names = ("mask", "layout", "method", "world", "group")
-    cases = []
-    values = itertools.product(MASKS, LAYOUTS, METHOD_NAMES, AXES["world"], AXES["group"])
-    for index, value in enumerate(values):
-        case = dict(zip(names, value, strict=True))
-        cases += [case | {"kernel": k} for k in ("cpu_flash", extras[index % len(extras)])]
-    batched = [case | {"batch": 2 if case["kernel"] == "matmul" else 1} for case in cases]
     run_grid(
         "attention_simulated",
-        mixed(batched),
-        simulated_errors,
+        mixed(product.whole()),
+        product.proved_errors,
         tolerance=TOLERANCE,
+        axes=("mask", "method", "layout", "world", "node", "heads", "kernel"),
         seconds=grid_seconds,
+        note="Every mask, layout, method, ranks and nodes; heads, batch and kernel of each are "
+        "drawn from a seed. Every plan is also proved by the symbolic verifier.",
+    )
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_many_cases_in_other_dtypes(grid_seconds: float | None) -> None:
+    run_grid(
+        "attention_simulated_dtypes",
+        mixed(product.some_precisions()),
+        product.part_of_allowed,
+        tolerance=1.0,
+        axes=("precision", "mask", "method", "layout", "world", "heads"),
+        seconds=grid_seconds,
+        note=f"Cases drawn from a seed. Errors are relative, in units of those allowed, which are "
+        f"{product.ALLOWED_EPS} times the dtype's eps.",
     )
 
 
