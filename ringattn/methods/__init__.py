@@ -37,12 +37,12 @@ METHODS = {
     "burst": Method(burst.forward, burst.backward),
     "double_ring": Method(double_ring.forward, double_ring.backward),
     "all_gather": Method(all_gather.forward, all_gather.backward),
-    "direct": Method(direct.forward, direct.backward, ("stages",)),
+    "direct": Method(direct.forward, direct.backward, ("stages", "join")),
     "tile": Method(tile.forward, tile.backward, ("tile_a",)),
     "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
     "usp": Method(usp.forward, usp.backward, ("u",)),
     "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first")),
-    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages")),
+    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "join")),
 }
 
 

@@ -145,22 +145,52 @@ def hulls_of(
 def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
     """Holds back about half of each rank's work until `late_step`, so that it hides the last moves.
 
-    Tiles are taken whole, largest first; where one tile would tip the balance by more than a
-    quarter of the rank's work, it is cut by query rows.
+    The cut lies between query rows that share no tile, where that leaves at least a quarter to
+    either side; else tiles are cut by heads, and those of a single head by rows. Both halves
+    then write results of their own, which need no merge.
     """
-    order = np.lexsort((-tasks["area"], tasks["rank"]))
-    tasks = tasks[order]
-    rank_start = np.searchsorted(tasks["rank"], tasks["rank"], side="left")
-    total = np.bincount(tasks["rank"], weights=tasks["area"])[tasks["rank"]] if len(tasks) else 0
-    done = np.cumsum(tasks["area"])
-    before = done - tasks["area"] - (done - tasks["area"])[rank_start] if len(tasks) else done
-    goal = total / 2 - before
-    late = goal <= 0
-    tips = ~late & (tasks["area"] - goal > total / 4)
-    first, second = cut_rows(tasks[tips], goal[tips] / np.maximum(tasks["area"][tips], 1))
-    second["step"] = late_step
-    tasks["step"][late] = late_step
-    return np.concatenate([tasks[~tips], first, second])
+    if not len(tasks):
+        return tasks
+    tasks = tasks[np.lexsort((tasks["q0"], tasks["rank"]))]
+    work = tasks["area"] * (tasks["h1"] - tasks["h0"])
+    row, good = _free_rows(tasks, work)
+    rank = tasks["rank"]
+    whole = good[rank]
+    tasks["step"][whole & (tasks["q0"] >= row[rank])] = late_step
+    many = ~whole & (tasks["h1"] - tasks["h0"] > 1)
+    one = tasks[~whole & ~many]
+    halves = cut_rows(one, np.full(len(one), 0.5)) + _cut_heads(tasks[many])
+    for late in halves[1::2]:
+        late["step"] = late_step
+    return np.concatenate([tasks[whole], *halves])
+
+
+def _free_rows(tasks: np.ndarray, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each rank (by number): the row nearest to the middle of its work that cuts no tile, and
+    whether it leaves at least a quarter of the work to either side.
+
+    tasks: sorted by rank and first row. work: of each task.
+    """
+    rank = tasks["rank"]
+    total = np.bincount(rank, weights=work)
+    before = np.cumsum(work) - work
+    before -= before[np.searchsorted(rank, rank, side="left")]
+    reach = np.maximum.accumulate(rank * NONE + tasks["q1"])
+    free = np.concatenate([[False], reach[:-1] <= rank[1:] * NONE + tasks["q0"][1:]])
+    off = np.where(free, np.abs(before - total[rank] / 2), np.inf)
+    order = np.lexsort((off, rank))
+    best = order[np.unique(rank, return_index=True)[1]]
+    row, good = np.zeros(len(total), dtype=np.int64), np.zeros(len(total), dtype=bool)
+    row[rank[best]] = tasks["q0"][best]
+    good[rank[best]] = off[best] <= total[rank[best]] / 4
+    return row, good
+
+
+def _cut_heads(tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper half of each task's heads."""
+    lower, upper = tasks.copy(), tasks.copy()
+    lower["h1"] = upper["h0"] = (tasks["h0"] + tasks["h1"]) // 2
+    return lower, upper
 
 
 def cut_rows(tasks: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -170,8 +170,10 @@ def _tasks(core: Schedule, grid: Grid, member: int, part: Slice) -> np.ndarray:
     tasks["step"] += 1
     for name in ("qslot", "kslot", "oslot", "gslot"):
         tasks[name] += 1
-    tasks["h0"], tasks["h1"] = 0, part.q1 - part.q0
-    return tasks
+    # Inner tasks may be of some heads only: their share of the slice's heads.
+    for name in ("h0", "h1"):
+        tasks[name] = tasks[name] * (part.q1 - part.q0) // core.shapes.q_heads
+    return tasks[tasks["h0"] < tasks["h1"]]
 
 
 def _moves(problem: Problem, core: Schedule, grid: Grid, member: int, part: Slice) -> np.ndarray:

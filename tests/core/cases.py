@@ -1,7 +1,7 @@
 """Masks, layouts and inputs that the core's tests share.
 
 A case is a dict: mask, layout, method, world, group (query heads per key head), batch, kernel.
-`method` may carry a stage count ("direct:3"), `kernel` an extra ("matmul+softcap").
+`method` may carry stages and more ("direct:3", "direct:1:join"), `kernel` an extra ("matmul+softcap").
 """
 
 from collections.abc import Callable
@@ -89,7 +89,7 @@ LAYOUTS: dict[str, Callable[[Mask, int], Layout]] = {
     "scattered": _scattered,
 }
 
-METHOD_NAMES = [*METHODS, "direct:3"]
+METHOD_NAMES = [*METHODS, "direct:3", "direct:1:join"]
 KERNELS = [
     "cpu_flash", "cpu_flash+sinks", "matmul", "matmul+sinks", "matmul+softcap", "matmul+dims",
 ]  # fmt: skip
@@ -175,19 +175,26 @@ def reference_of(case: Case) -> DenseAttention:
     return _reference(case["mask"], case["group"], case["batch"], extra)
 
 
+def options_of(method: str) -> dict[str, int]:
+    """The options that a method's name carries: numbers are stages, names are switched on."""
+    return {
+        "stages" if part.isdigit() else part: int(part) if part.isdigit() else 1
+        for part in method.split(":")[1:]
+    }
+
+
 def context_of(case: Case, group: Any, **options: Any) -> ra.ContextParallel:
     """The context of a case over a group (or a number of simulated ranks)."""
-    method, _, stages = case["method"].partition(":")
     mask = mask_of(case["mask"])
     return ra.ContextParallel(
         group,
         heads=(HEADS, HEADS // case["group"]),
         head_dim=head_dims(case["kernel"]),
         dtype=options.pop("dtype", torch.float64),
-        method=method,
+        method=case["method"].partition(":")[0],
         layout=LAYOUTS[case["layout"]](mask, case["world"]),
         kernel=case["kernel"].partition("+")[0],
-        options={"stages": int(stages)} if stages else None,
+        options=options_of(case["method"]),
         **options,
     )
 
@@ -202,7 +209,6 @@ def problem(
     mask: Mask, layout: Layout, *, group: int = 1, method: str = "ring", **changes: Any
 ) -> Problem:
     """A planning problem with 4 query heads of dim 8 in bfloat16."""
-    stages = method.partition(":")[2]
     shapes = Shapes(
         q_heads=HEADS,
         kv_heads=HEADS // group,
@@ -216,7 +222,7 @@ def problem(
         "layout": layout,
         "shapes": shapes,
         "ranks_per_node": 2,
-        "options": {"stages": int(stages)} if stages else {},
+        "options": options_of(method),
     }
     return Problem(**(settings | changes))
 
