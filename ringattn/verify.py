@@ -258,6 +258,8 @@ def _task_accesses(tasks: np.ndarray, channel: Channel, direction: str) -> np.nd
     table["place"] = _place(part["rank"], int(channel), part[slot])
     table["r0"], table["r1"] = part[rows + "0"], part[rows + "1"]
     table["h0"], table["h1"] = 0, _HEAD
+    if rows == "q":  # heads of keys and queries are counted apart
+        table["h0"], table["h1"] = part["h0"], part["h1"]
     table["t0"] = table["t1"] = part["step"]
     return table
 

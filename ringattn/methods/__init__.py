@@ -37,7 +37,7 @@ METHODS = {
     "burst": Method(burst.forward, burst.backward),
     "double_ring": Method(double_ring.forward, double_ring.backward),
     "all_gather": Method(all_gather.forward, all_gather.backward),
-    "direct": Method(direct.forward, direct.backward, ("stages", "join")),
+    "direct": Method(direct.forward, direct.backward, ("stages", "join", "by_heads")),
     "tile": Method(tile.forward, tile.backward, ("tile_a",)),
     "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
     "usp": Method(usp.forward, usp.backward, ("u",)),

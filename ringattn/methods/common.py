@@ -142,12 +142,12 @@ def hulls_of(
     return Hulls(low, high)
 
 
-def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
+def halve(tasks: np.ndarray, late_step: int, *, by_heads: bool = False) -> np.ndarray:
     """Holds back about half of each rank's work until `late_step`, so that it hides the last moves.
 
     The cut lies between query rows that share no tile, where that leaves at least a quarter to
-    either side; else tiles are cut by heads, and those of a single head by rows. Both halves
-    then write results of their own, which need no merge.
+    either side; else, or on request, tiles are cut by heads, and those of a single head by rows.
+    Both halves then write results of their own, which need no merge.
     """
     if not len(tasks):
         return tasks
@@ -155,7 +155,7 @@ def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
     work = tasks["area"] * (tasks["h1"] - tasks["h0"])
     row, good = _free_rows(tasks, work)
     rank = tasks["rank"]
-    whole = good[rank]
+    whole = good[rank] & (not by_heads)
     tasks["step"][whole & (tasks["q0"] >= row[rank])] = late_step
     many = ~whole & (tasks["h1"] - tasks["h0"] > 1)
     one = tasks[~whole & ~many]

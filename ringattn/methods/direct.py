@@ -4,7 +4,7 @@ Source: zero-redundant group-cast and group-reduce of MagiAttention, here as poi
 stages. Bytes received per rank: forward 2 D Hkv e times the needed remote rows; backward times
 (e + g) / e. For a causal window of W keys on contiguous shards: 2 min(W-1, r n) Hkv D e forward.
 The option "stages" fixes the number of stages; by default each holds about one shard. "join" 1 joins
-the home and remote keys of a query, where there is one stage (see `ringattn.methods.gather`).
+the home and remote keys of a query, where there is one stage, and "by_heads" 1 cuts local work by heads (see `ringattn.methods.gather`).
 """
 
 import numpy as np
@@ -27,7 +27,10 @@ def _needed(problem: Problem) -> Runs:
 
 def _plan(problem: Problem, direction: Direction) -> Schedule:
     stages, join = problem.options.get("stages", 0), bool(problem.options.get("join", 0))
-    return gather(problem, direction, "direct", _needed(problem), stages, join=join)
+    by_heads = bool(problem.options.get("by_heads", 0))
+    return gather(
+        problem, direction, "direct", _needed(problem), stages, join=join, by_heads=by_heads
+    )
 
 
 def forward(problem: Problem) -> Schedule:

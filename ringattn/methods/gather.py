@@ -146,11 +146,13 @@ def gather(
     stages: int,
     *,
     join: bool = False,
+    by_heads: bool = False,
 ) -> Schedule:
     """Plans one direction in which ranks receive `runs` in `stages` (0: about a shard each).
 
     `join` asks for a joined forward; it is one where `stages` is 1 and the layout's step is 1.
-    Pure host work; every rank builds the same schedule.
+    `by_heads` cuts local work by heads, in the forward too, so that half of the heads start late
+    and the others are done early. Pure host work; every rank builds the same schedule.
     """
     queries = problem.layout.ranges
     if join and direction == "forward" and stages == 1 and len(queries) and queries["step"][0] == 1:
@@ -162,8 +164,10 @@ def gather(
     if direction == "backward":
         returns = _gradient_moves(problem, rows)
         if len(returns):
-            local = halve(local, int(returns["land"].max()))
+            local = halve(local, int(returns["land"].max()), by_heads=by_heads)
         moves = np.concatenate([moves, returns])
+    elif by_heads and len(moves):
+        local = halve(local, int(moves["land"].max()) + 2, by_heads=True)
     tasks = np.concatenate([local, _remote_tasks(problem, rows, queries)])
     return finish(problem, direction, method, tasks, moves)
 
