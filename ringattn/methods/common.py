@@ -1,7 +1,9 @@
 """What every plan generator needs: the problem, local and remote tiles, tasks, finishing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from ringattn.tiles import intersect
 
 NONE = 1 << 40  # no row: above every row number
 BLOCK = 128  # rows or keys that a kernel handles at once
-_TILES = ("pieces", "q_rank", "k_rank")  # of a problem; they do not depend on its options
+_SHARED = ("pieces", "q_rank", "k_rank", "_made")  # of a problem; options do not change them
 EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
 
@@ -68,12 +70,21 @@ class Problem:
         """Owner of the key rows of each piece."""
         return self.layout.ranges["owner"][self.pieces["kseg"]]
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for both directions and for other options; nobody may
+        write to it. The name tells all options that it depends on."""
+        made = vars(self).setdefault("_made", {})
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
     def with_options(self, options: dict[str, int]) -> "Problem":
         """The same problem with other settings; tiles that are known already are shared."""
         if options == self.options:
             return self
+        vars(self).setdefault("_made", {})
         other = replace(self, options=options)
-        vars(other).update({name: vars(self)[name] for name in _TILES if name in vars(self)})
+        vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         return other
 
     def lanes(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:

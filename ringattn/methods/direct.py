@@ -29,7 +29,7 @@ def _plan(problem: Problem, direction: Direction) -> Schedule:
     stages, join = problem.options.get("stages", 0), bool(problem.options.get("join", 0))
     by_heads = bool(problem.options.get("by_heads", 0))
     return gather(
-        problem, direction, "direct", _needed(problem), stages, join=join, by_heads=by_heads
+        problem, direction, "direct", lambda: _needed(problem), stages, join=join, by_heads=by_heads
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from ringattn.errors import UserError
 from ringattn.layout import Layout, join
 from ringattn.methods.common import Problem, finish, halve, moves_of
+from ringattn.methods.overlap import overlapped
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT
 
@@ -105,6 +106,7 @@ def compose(
     heads_first: bool = True,
     ranges: np.ndarray | None = None,
     private: np.ndarray | None = None,
+    overlap: bool = False,
 ) -> Schedule:
     """Plans one direction: pool tokens and split heads, run `inner`, go home.
 
@@ -118,14 +120,15 @@ def compose(
         heads_first: the members of a head group are consecutive ranks.
         ranges: the part of the layout that is pooled; all of it by default.
         private: tasks on home slots beside it; they hide the way there and back.
+        overlap: heads that start later come a step later, and those done earlier go a step earlier.
     """
     check_degree(problem, degree)
     if degree == 1:
         return replace(inner(problem), key=f"{method}:{problem.mask.key}:{problem.layout.key}")
     grid = Grid(degree, problem.world // degree, heads_first)
-    pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
-    per_node = problem.ranks_per_node // degree if heads_first else problem.ranks_per_node
-    posed = replace(problem, layout=pooled, ranks_per_node=min(max(per_node, 1), grid.groups))
+    name = f"pooled {degree} {heads_first} {ranges is None}"
+    posed, rows = problem.once(name, lambda: _posed(problem, grid, ranges))
+    posed = posed.with_options(problem.options)
     core = inner(posed)
     slices = head_slices(problem.shapes.q_heads, problem.shapes.kv_heads, degree)
     tasks = np.concatenate([_tasks(core, grid, u, s) for u, s in enumerate(slices)])
@@ -139,7 +142,20 @@ def compose(
             moves.append(_collect(problem, grid, rows, u, part, channel, last))
     if private is not None:
         tasks = np.concatenate([tasks, halve(private, last)])
-    return finish(problem, direction, method, tasks, np.concatenate(moves))
+    table = np.concatenate(moves)
+    if overlap:
+        table = overlapped(tasks, table, last, problem.world, problem.shapes.q_heads)
+    return finish(problem, direction, method, tasks, table)
+
+
+def _posed(
+    problem: Problem, grid: Grid, ranges: np.ndarray | None
+) -> tuple[Problem, np.ndarray]:
+    """The problem over head groups, and each range's first row in its group's pooled shard."""
+    pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
+    degree = grid.degree if grid.heads_first else 1
+    per_node = max(problem.ranks_per_node // degree, 1)
+    return replace(problem, layout=pooled, ranks_per_node=min(per_node, grid.groups)), rows
 
 
 def _pool(layout: Layout, grid: Grid, ranges: np.ndarray) -> tuple[Layout, np.ndarray]:

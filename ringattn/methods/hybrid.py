@@ -11,11 +11,9 @@ The option "u" is the head-parallel degree (default as for usp). Made for the la
 
 import numpy as np
 
-from ringattn.layout import Layout
 from ringattn.methods import direct
 from ringattn.methods.common import Problem, finish, moves_of, tasks_of
 from ringattn.methods.heads import check_degree, compose
-from ringattn.methods.overlap import overlapped
 from ringattn.methods.usp import default_degree
 from ringattn.schedule import Direction, Schedule
 from ringattn.tiles import intersect
@@ -86,23 +84,28 @@ def _reached(shared: np.ndarray, pieces: np.ndarray) -> np.ndarray:
             return shared
 
 
+def _split(problem: Problem, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cut ranges, which are private, and the tasks of those."""
+    parts, private = split_ranges(problem, degree)
+    alone = parts[private]
+    pieces = intersect(problem.mask.bands, alone, alone)
+    return parts, private, tasks_of(problem, pieces, alone["owner"][pieces["qseg"]])
+
+
 def _plan(problem: Problem, direction: Direction) -> Schedule:
     degree = problem.options.get("u", 0) or default_degree(problem)
     check_degree(problem, degree)
-    parts, private = split_ranges(problem, degree)
-    alone = Layout(problem.mask.seq_len, problem.world, "private", parts[private])
-    pieces = intersect(problem.mask.bands, alone.ranges, alone.ranges)
-    tasks = tasks_of(problem, pieces, alone.ranges["owner"][pieces["qseg"]])
+    parts, private, tasks = problem.once(f"hybrid {degree}", lambda: _split(problem, degree))
     if private.all():
         empty = moves_of(problem, 0)
-        return finish(problem, direction, "hybrid", tasks, empty)
+        return finish(problem, direction, "hybrid", tasks.copy(), empty)
     inner = direct.forward if direction == "forward" else direct.backward
-    split = degree > 1 and problem.shapes.q_heads // degree > 1
+    split = problem.shapes.q_heads // degree > 1
     posed = problem.with_options(problem.options | {"by_heads": int(split)})
-    schedule = compose(
-        posed, direction, "hybrid", inner, degree, ranges=parts[~private], private=tasks
-    )
-    return overlapped(problem, schedule, "hybrid") if split else schedule
+    return compose(
+        posed, direction, "hybrid", inner, degree, ranges=parts[~private], private=tasks,
+        overlap=split,
+    )  # fmt: skip
 
 
 def forward(problem: Problem) -> Schedule:

@@ -8,27 +8,32 @@ come a step later, and results of heads that are done earlier go a step earlier.
 
 import numpy as np
 
-from ringattn.methods.common import Problem, finish
-from ringattn.schedule import Channel, Schedule
+from ringattn.bands import expand_ranges
+from ringattn.schedule import Channel
 
 _POOLED = 1  # the slot that compose pools tokens in
 
 
-def overlapped(problem: Problem, schedule: Schedule, method: str) -> Schedule:
-    """A composed schedule with its way in and out spread over two steps each, by heads.
+def overlapped(
+    tasks: np.ndarray, moves: np.ndarray, last: int, world: int, heads: int
+) -> np.ndarray:
+    """The moves of a composed plan with its way in and out spread over two steps each, by heads.
 
-    Pure host work; every rank builds the same schedule.
+    tasks, moves: with the way in at step 0 and the way out at step `last`. heads: at least those of
+    a slice.
     """
-    tasks, moves, last = schedule.tasks.copy(), schedule.moves, schedule.nsteps - 1
     if last < 3:
-        return schedule
-    heads, world = problem.shapes.q_heads, problem.world
+        return moves
     first, final = np.full((world, heads), last), np.zeros((world, heads), dtype=np.int64)
     for slot, table, pick in (("qslot", first, np.minimum), ("oslot", final, np.maximum)):
         held = tasks[tasks[slot] == _POOLED]
-        order = np.unique(held[["rank", "h0", "h1", "step"]])
-        for rank, h0, h1, step in order.tolist():
-            table[rank, h0:h1] = pick(table[rank, h0:h1], step)
+        key = (held["rank"] * heads + held["h0"]) * (heads + 1) + held["h1"]
+        key = np.unique(key * (last + 1) + held["step"])
+        key, step = np.divmod(key, last + 1)
+        key, h1 = np.divmod(key, heads + 1)
+        rank, h0 = np.divmod(key, heads)
+        which, head = expand_ranges(h0, h1)
+        pick.at(table, (rank[which], head), step[which])
     # Heads below `early` start in step 1; heads below `done` are final two steps before the end.
     early = heads - np.argmax(first[:, ::-1] <= 1, axis=1)
     early = np.where((first <= 1).any(axis=1), early, 0)
@@ -41,8 +46,7 @@ def overlapped(problem: Problem, schedule: Schedule, method: str) -> Schedule:
     sooner, rest = _cut(moves[back], done[moves["src"][back]], "sh")
     later["post"] = later["land"] = 1
     sooner["post"] = sooner["land"] = last - 1
-    moves = np.concatenate([moves[~there & ~back], now, later, sooner, rest])
-    return finish(problem, schedule.direction, method, tasks, moves)
+    return np.concatenate([moves[~there & ~back], now, later, sooner, rest])
 
 
 def _cut(moves: np.ndarray, head: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray]:
