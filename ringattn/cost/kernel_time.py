@@ -59,6 +59,18 @@ def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:
     return flops / (1e12 * curve.tflops) + fixed + merges
 
 
+def least_seconds(forward: Schedule, backward: Curve) -> float:
+    """Seconds that the busiest rank computes at least in the backward of a plan, from its forward:
+    the same tiles, without what launches cost."""
+    tasks, curve = forward.tasks, backward
+    bands = bands_of(tasks)
+    pairs = rounded_area(bands, curve.block_rows, curve.block_keys).astype(np.float64)
+    pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
+    pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
+    pairs *= (tasks["h1"] - tasks["h0"]) * pair_flops(forward.shapes, "backward")
+    return float(np.bincount(tasks["rank"], pairs).max(initial=0.0)) / (1e12 * curve.tflops)
+
+
 def rounded_area(bands: np.ndarray, block_rows: int, block_keys: int) -> np.ndarray:
     """Pairs that a kernel computes for each tile, blocks cut by an edge counted whole.
 

@@ -71,19 +71,20 @@ class Problem:
         return self.layout.ranges["owner"][self.pieces["kseg"]]
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once for both directions and for other options; nobody may
-        write to it. The name tells all options that it depends on."""
+        """What `make` returns, made once for both directions and for other options and
+        wires; nobody may write to it. The name tells all options that it depends on."""
         made = vars(self).setdefault("_made", {})
         if name not in made:
             made[name] = make()
         return made[name]
 
-    def with_options(self, options: dict[str, int]) -> "Problem":
-        """The same problem with other settings; tiles that are known already are shared."""
-        if options == self.options:
+    def with_options(self, options: dict[str, int], wire: Wire | None = None) -> "Problem":
+        """The same problem with other settings; tables that are made already are shared."""
+        wire = self.wire if wire is None else wire
+        if options == self.options and wire == self.wire:
             return self
         vars(self).setdefault("_made", {})
-        other = replace(self, options=options)
+        other = replace(self, options=options, wire=wire)
         vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         return other
 

@@ -128,7 +128,7 @@ def compose(
     grid = Grid(degree, problem.world // degree, heads_first)
     name = f"pooled {degree} {heads_first} {ranges is None}"
     posed, rows = problem.once(name, lambda: _posed(problem, grid, ranges))
-    posed = posed.with_options(problem.options)
+    posed = posed.with_options(problem.options, problem.wire)
     core = inner(posed)
     slices = head_slices(problem.shapes.q_heads, problem.shapes.kv_heads, degree)
     tasks = np.concatenate([_tasks(core, grid, u, s) for u, s in enumerate(slices)])
