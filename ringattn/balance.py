@@ -117,7 +117,7 @@ def equalize(teams: list[Team], work: Work, spare: int = 0) -> None:
         moved = 0
         if extra[order[0]] >= BLOCK:
             moved = _give(high, low, work, goal, extra[order[0]])
-        if not moved and not _exchange(high, low, work, goal):
+        if not moved and not exchange(high, low, work, goal):
             return
         high.load, low.load = _load(high, work), _load(low, work)
         if max(high.load, low.load) >= before[2]:  # more keys to attend outweigh the balance
@@ -139,7 +139,7 @@ def _columns(team: Team) -> tuple[np.ndarray, ...]:
     return np.array(start), np.array(stop), np.array(whole)
 
 
-def _exchange(high: Team, low: Team, work: Work, goal: float) -> bool:
+def exchange(high: Team, low: Team, work: Work, goal: float) -> bool:
     """Swaps the end of a run of `high` for the beginning of one of `low`, equally long, so that
     about `goal` of work changes hands; whether one was found."""
     if not high.items or not low.items:

@@ -42,6 +42,8 @@ class ContextParallel:
             predicted time on it. None weighs mask area and bytes at a fixed rate.
         ranks_per_node: consecutive ranks that share a node; default from the launcher, for
             simulated ranks from the cluster.
+        refine: plans that a search for a better layout may price, where the cluster chooses and the
+            layout is not a `Layout`; default none. Each costs about as much as a plan.
         memory_limit: most bytes per batch element that a plan may need beyond the shards.
         timeout: how long a move may take on gloo; the group's own timeout by default.
         options: settings of the method, e.g. {"stages": 4} for direct. What is left open is chosen
@@ -69,12 +71,13 @@ class ContextParallel:
         timeout: timedelta | None = None,
         options: dict[str, int] | None = None,
         layout_options: "dict[str, int | float] | None" = None,
+        refine: int | None = None,
     ) -> None:
         self.group, self.world, self.rank = _resolve(group)
         self.simulated = isinstance(group, int)
         self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
-        self.memory_limit, self.timeout = memory_limit, timeout
+        self.memory_limit, self.timeout, self.refine = memory_limit, timeout, refine or 0
         self.options, self.layout_options = dict(options or {}), dict(layout_options or {})
         self.cluster = checks.cluster(cluster)
         self.ranks_per_node = ranks_per_node or self._node_size()
@@ -82,7 +85,7 @@ class ContextParallel:
         self.wire, self.any_wire = checks.wire(wire_dtype, dtype), wire_dtype == "auto"
         checks.names(method, layout, kernel)
         checks.layout_world(layout, self.world)
-        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit)
+        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit, refine=refine)
         checks.options(self.options, method, self.cluster is not None)
         checks.layout_options(self.layout_options, layout)
         checks.is_duration(timeout)
@@ -161,6 +164,7 @@ class ContextParallel:
                 memory_limit=self.memory_limit,
                 any_wire=self.any_wire,
                 layout_options=tuple(self.layout_options.items()),
+                refine=self.refine,
             ),
             exhaustive=exhaustive,
         )
@@ -194,6 +198,7 @@ class ContextParallel:
         return (
             "auto" in (self.method, self.layout)
             or self.any_wire
+            or self.refine > 0
             or planner.is_open(self.shapes, self.world, self.ranks_per_node, self.method)
         )
 

@@ -103,7 +103,7 @@ def _place(
     equalize(teams, work, int((max_imbalance - 1.0) * seq_len / world) * size)
     rows: list[Row] = []
     for number, team in enumerate(teams):
-        rows += _deal(team.items, work, number * size, size)
+        rows += deal(team.items, work, number * size, size)
     rows.sort(key=lambda row: (row[3], row[0]))
     return from_ranges(seq_len, world, rows, name)
 
@@ -144,7 +144,7 @@ def _chunks(
     return [(int(a), int(b), False) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def _deal(
+def deal(
     items: list[tuple[int, int, bool]], work: Work, first_rank: int, size: int
 ) -> list[Row]:
     """A team's runs for its ranks: whole ones, largest first, to the least loaded rank with room,

@@ -20,6 +20,7 @@ from ringattn.errors import UserError
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
+from ringattn.refine import refine
 from ringattn.schedule import Channel, Direction, Shapes, Wire
 from ringattn.tiles import cropped_area
 
@@ -108,6 +109,7 @@ class Terms:
         memory_limit: most bytes per batch element beyond the shards; None for no limit.
         any_wire: weigh partial results in the input dtype and in the accumulators'.
         layout_options: settings of a layout that is named.
+        refine: plans that a search for a better layout may price, from the best found.
     """
 
     cluster: Cluster
@@ -115,6 +117,7 @@ class Terms:
     memory_limit: int | None = None
     any_wire: bool = False
     layout_options: LayoutOptions = ()
+    refine: int = 0
 
 
 _KEY_SIDE = ("ring", "direct", "double_ring", "all_gather")  # queries stay with their rank
@@ -177,7 +180,31 @@ def compare(
     if not quotes:
         raise _nothing_left(refusals, terms)
     ranked = tuple(quote for _, _, quote in sorted(quotes, key=lambda entry: entry[:2]))
+    if terms.refine and start is None:
+        better = _refined(mask, ranked[0], problem, terms)
+        ranked = ranked if better is None else (better, *ranked)
     return Comparison(quotes=ranked, refusals=tuple(refusals))
+
+
+def _refined(mask: Mask, best: Quote, problem: Pose, terms: Terms) -> Quote | None:
+    """The best candidate on a layout that a search makes better; None where it finds none."""
+    candidate = replace(best.candidate, layout="refined", layout_options=())
+    quotes = {best.layout.key: best}
+    if candidate.method not in _KEY_SIDE + _SHARED or best.layout.world % candidate.u:
+        return None
+
+    def priced(layout: Layout) -> tuple[float, np.ndarray]:
+        if layout.key not in quotes:
+            posed = problem(mask, layout)
+            try:
+                quotes[layout.key] = _quote(candidate, posed, terms, (0.0, 0.0), float("inf"))
+            except UserError:  # needs too much memory
+                return float("inf"), np.zeros(layout.world)
+        quote = quotes[layout.key]
+        return quote.seconds, quote.priced[0].compute + quote.priced[1].compute
+
+    found = refine(mask, best.layout, candidate.u, priced, terms.refine)
+    return None if found is best.layout else quotes[found.key]
 
 
 def is_open(shapes: Shapes, world: int, ranks_per_node: int, method: str) -> bool:
