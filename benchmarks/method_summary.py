@@ -80,11 +80,11 @@ def _lines(results: Results) -> list[str]:
         "| way | " + " | ".join(masks) + " |",
         "| --- |" + " ---: |" * len(masks),
     ]
-    cells = {
-        mask: {_way(row): row for row in rows} for mask, rows in results.rows.items()
-    }
+    cells = {mask: {_way(row): row for row in rows} for mask, rows in results.rows.items()}
     for way in dict.fromkeys(way for mask in masks for way in cells[mask]):
-        lines.append(f"| {way} | " + " | ".join(_cell(cells[mask].get(way)) for mask in masks) + " |")
+        lines.append(
+            f"| {way} | " + " | ".join(_cell(cells[mask].get(way)) for mask in masks) + " |"
+        )
     lines += [
         _line("auto over the best published", masks, _over_published, results),
         _line("auto over one rank, whole sequence", masks, _over_single, results),

@@ -63,9 +63,7 @@ def _layouts(degrees: Sequence[int], node: int) -> Iterator[tuple[str, Options]]
                     yield name, (("group", group),)
 
 
-def _settings(
-    method: str, degrees: Sequence[int], shapes: Shapes, ranks: int
-) -> Iterator[Options]:
+def _settings(method: str, degrees: Sequence[int], shapes: Shapes, ranks: int) -> Iterator[Options]:
     if method == "direct":
         yield ()
         for stages in STAGES:

@@ -1,4 +1,4 @@
-"""Every method on every layout, and "auto", priced side by side on a cluster that need not be there.
+"""Every method on every layout, and "auto", priced side by side on a cluster not at hand.
 
     python -m ringattn.benchmarks.method_table [--cluster h100_sxm] [--ranks 64] [--sweep]
 
@@ -166,9 +166,7 @@ def main() -> None:
     write_summary(results, Path(args.out).with_suffix(".md"), Path(args.out).with_suffix(".json"))
 
 
-def _rows(
-    recorder: Recorder, name: str, mask: Mask, cluster: Cluster, ranks: int
-) -> list[dict]:
+def _rows(recorder: Recorder, name: str, mask: Mask, cluster: Cluster, ranks: int) -> list[dict]:
     """Measures and records all entries of a mask."""
     rows = []
     for entry in entries():

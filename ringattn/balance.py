@@ -7,6 +7,7 @@ read off one running sum over blocks of 128 tokens.
 
 import heapq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,12 @@ class Work:
         """Work of all tokens."""
         return float(self._sum[-1])
 
-    def of(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Work of the runs [start, stop)."""
-        low, high = np.interp(start, self._edges, self._sum), np.interp(stop, self._edges, self._sum)
+    def of(self, start: Any, stop: Any) -> np.ndarray:
+        """Work of the run [start, stop), or of each of arrays of runs."""
+        low, high = (
+            np.interp(start, self._edges, self._sum),
+            np.interp(stop, self._edges, self._sum),
+        )
         return high - low
 
     def load(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -169,8 +173,8 @@ def exchange(high: Team, low: Team, work: Work, goal: float) -> bool:
         count = _shortened(work, first, last, count, goal)
     if not count:
         return False
-    gained = float(work.of(np.int64(last - count), np.int64(last)))
-    gained -= float(work.of(np.int64(first), np.int64(first + count)))
+    gained = float(work.of(last - count, last))
+    gained -= float(work.of(first, first + count))
     if gained <= 0:
         return False
     start, _, a_kept = high.items.pop(int(i))
@@ -199,7 +203,7 @@ def _give(high: Team, low: Team, work: Work, goal: float, most: int) -> int:
     gain = np.where(length <= most, work.of(stop - length, stop), -np.inf)
     fits = np.where(whole & (gain > 1.05 * goal), -np.inf, gain)
     index = int(fits.argmax())
-    if not 0 < fits[index]:
+    if not fits[index] > 0:
         return 0
     count, last = int(length[index]), int(stop[index])
     if gain[index] > goal and not whole[index]:

@@ -57,6 +57,7 @@ def candidates(
     """What is worth pricing. A layout or method other than "auto" is kept to; settings are open."""
     degrees = _degrees(shapes, world, ranks_per_node)
     hybrids = [_entry("hybrid", u=u, stages=stages) for u in degrees for stages in (2, 1)]
+    hybrids += [_entry("hybrid", u=u, stages=2, slack=30) for u in degrees[:1]]
     shared = {name: [_entry(name, u=u) for u in degrees] for name in ("usp", "loongtrain")}
     if method != "auto":
         direct = [_entry("direct", stages=1, join=1), _entry("direct", stages=1), _entry("direct")]
@@ -66,7 +67,7 @@ def candidates(
         return [_candidate(name, entry, ranks_per_node) for name in names for entry in ways]
     plain = _plain(shapes, world, ranks_per_node)
     most = [entry for entry in hybrids if _u(entry) == degrees[0]]
-    less = [entry for entry in hybrids if entry not in most and dict(entry[1])["stages"] == 2]
+    less = [entry for entry in hybrids if entry not in most and ("stages", 2) in entry[1]]
     rings = [e for e in shared["usp"] if shapes.kv_heads % _u(e) == 0]
     # Where heads are shared by whole nodes, the double ring inside is a ring.
     rings += [e for e in shared["loongtrain"] if e not in rings and _u(e) < ranks_per_node]

@@ -1,6 +1,7 @@
 """Layouts that balance teams of ranks instead of ranks, for plans that share heads inside a team."""
 
 import heapq
+from itertools import pairwise
 
 import numpy as np
 
@@ -139,14 +140,12 @@ def _chunks(
     if count > 1 and heaviest * _DENSE * count > work.total:
         fine = work.split(start, stop, count)
         # Long pieces of little work stay chunks.
-        parts = [np.arange(a, b, longest) for a, b in zip(fine[:-1], fine[1:], strict=True)]
+        parts = [np.arange(a, b, longest) for a, b in pairwise(fine)]
         edges = np.append(np.concatenate(parts), stop)
-    return [(int(a), int(b), False) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [(int(a), int(b), False) for a, b in pairwise(edges)]
 
 
-def deal(
-    items: list[tuple[int, int, bool]], work: Work, first_rank: int, size: int
-) -> list[Row]:
+def deal(items: list[tuple[int, int, bool]], work: Work, first_rank: int, size: int) -> list[Row]:
     """A team's runs for its ranks: whole ones, largest first, to the least loaded rank with room,
     the others in order of position until each rank is full."""
     tokens = sum(stop - start for start, stop, _ in items)

@@ -13,18 +13,16 @@ from functools import cached_property
 import numpy as np
 
 from ringattn import choice, layouts, methods
+from ringattn.bounds import KEY_SIDE, SHARED, least_seconds
 from ringattn.candidates import WIRES, Candidate, LayoutOptions, candidates
 from ringattn.cost import Cluster, Priced, peak_bytes, price
-from ringattn.cost.kernel_time import least_seconds, pair_flops
+from ringattn.cost.kernel_time import least_backward
 from ringattn.errors import UserError
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.refine import refine
-from ringattn.schedule import Channel, Direction, Shapes, Wire
-from ringattn.tiles import cropped_area
-
-DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+from ringattn.schedule import Shapes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,9 +118,6 @@ class Terms:
     refine: int = 0
 
 
-_KEY_SIDE = ("ring", "direct", "double_ring", "all_gather")  # queries stay with their rank
-_POOLING = ("usp", "ulysses", "loongtrain")  # and all their tokens go there and back
-_SHARED = ("usp", "ulysses", "loongtrain", "hybrid")  # queries stay with u consecutive ranks
 # Guesses of the time over its bound; the order in which candidates are weighed, never the choice.
 _GUESS = {"hybrid": 1.0, "usp": 1.15, "loongtrain": 1.15, "tile": 2.0, "burst": 2.0}
 _USUAL = 1.2
@@ -165,7 +160,9 @@ def compare(
             posed[entry.place] = _pose(entry.place, mask, world, ranks_per_node, problem)
     if name == "auto":
         _drop_needless(mask, posed)
-    floors = [_floor(entry, posed[entry.place], terms) for entry in found]
+    floors = [
+        least_seconds(entry, posed[entry.place], terms.cluster, terms.kernel) for entry in found
+    ]
     quotes: list[tuple[float, int, Quote]] = []
     refusals: list[Refusal] = []
     # The most promising first, so that most others are passed over.
@@ -190,7 +187,7 @@ def _refined(mask: Mask, best: Quote, problem: Pose, terms: Terms) -> Quote | No
     """The best candidate on a layout that a search makes better; None where it finds none."""
     candidate = replace(best.candidate, layout="refined", layout_options=())
     quotes = {best.layout.key: best}
-    if candidate.method not in _KEY_SIDE + _SHARED or best.layout.world % candidate.u:
+    if candidate.method not in KEY_SIDE + SHARED or best.layout.world % candidate.u:
         return None
 
     def priced(layout: Layout) -> tuple[float, np.ndarray]:
@@ -267,77 +264,6 @@ def _drop_needless(mask: Mask, posed: Posed) -> None:
             )
 
 
-def _floor(candidate: Candidate, problem: Problem | UserError, terms: Terms) -> tuple[float, float]:
-    """Seconds that forward and backward take at least: exact FLOPs of the busiest head group.
-
-    The u ranks of a head group share the work of their tokens, and nobody else does any of it.
-    Of an all-gather also its bytes from other nodes; of pooled tokens the way there and back.
-    """
-    if isinstance(problem, UserError) or (problem.layout.ranges["step"] > 1).any():
-        return 0.0, 0.0
-    ranges, world = problem.layout.ranges, problem.world
-    order = np.argsort(ranges["start"])
-    start, stop = ranges["start"][order], ranges["stop"][order]
-    area = cropped_area(problem.mask.bands, start, stop)
-    rank = np.bincount(ranges["owner"][order], weights=area, minlength=world)
-    kernel, shapes = terms.cluster.kernel_named(terms.kernel), problem.shapes
-    least = _least_work(candidate, rank)
-    forward, backward = (
-        least * shapes.q_heads * pair_flops(shapes, d) / (1e12 * kernel.curve(d).tflops)
-        for d in DIRECTIONS
-    )
-    if candidate.method == "all_gather":
-        sent = [_gathered_seconds(problem, d, terms.cluster) for d in DIRECTIONS]
-        return max(forward, sent[0]), max(backward, sent[1])
-    if candidate.method in _POOLING and candidate.u > 1:
-        there, back, grads = _pooled_seconds(problem, candidate.u, terms.cluster)
-        return forward + there + back, backward + grads
-    return forward, backward
-
-
-def _least_work(candidate: Candidate, rank: np.ndarray) -> float:
-    """Mask area of the busiest head group; of a rank on average, where any may compute it."""
-    world = len(rank)
-    if candidate.method in _KEY_SIDE:
-        return float(rank.max())
-    if candidate.method in _SHARED and candidate.u > 1 and world % candidate.u == 0:
-        return float(rank.reshape(-1, candidate.u).mean(axis=1).max())
-    return float(rank.mean())
-
-
-def _gathered_seconds(problem: Problem, direction: Direction, cluster: Cluster) -> float:
-    """Seconds in which the busiest port receives what an all-gather brings from other nodes."""
-    node = np.arange(problem.world) // problem.ranks_per_node
-    mine = np.bincount(node, weights=problem.layout.sizes)
-    shapes = problem.shapes
-    size = shapes.row_bytes(Channel.K, direction, Wire.INPUT) * shapes.kv_heads
-    combined = max(cluster.nics_per_node / cluster.ranks_per_node, 1.0)
-    return float(problem.mask.seq_len - mine.max()) * size / (1e9 * cluster.inter.gbs * combined)
-
-
-def _pooled_seconds(problem: Problem, degree: int, cluster: Cluster) -> tuple[float, float, float]:
-    """Seconds in which queries, keys and values are pooled, outputs return, and gradients return,
-    in the input dtype; nothing is computed beside them."""
-    shapes, rows = problem.shapes, float(problem.layout.sizes.min())
-    near = min(degree, problem.ranks_per_node)
-    combined = max(cluster.nics_per_node / cluster.ranks_per_node, 1.0)
-    # Each rank receives its heads of its peers' rows, of near and of far ones.
-    slow = max(
-        (near - 1) / (degree * 1e9 * cluster.intra.gbs),
-        (degree - near) / (degree * 1e9 * cluster.inter.gbs * combined),
-    )
-
-    def seconds(direction: Direction, *channels: Channel) -> float:
-        sizes = [shapes.row_bytes(c, direction, Wire.INPUT) * shapes.heads(c) for c in channels]
-        return rows * sum(sizes) * slow
-
-    return (
-        seconds("forward", Channel.Q, Channel.K),
-        seconds("forward", Channel.O),
-        seconds("backward", Channel.DQ, Channel.DKV),
-    )
-
-
 def _quote(
     candidate: Candidate,
     problem: Problem | UserError,
@@ -355,7 +281,7 @@ def _quote(
     there = price(forward, terms.cluster, terms.kernel)
     curve = terms.cluster.kernel_named(terms.kernel).backward
     # Both directions compute the same tiles, and a joined forward a few keys twice.
-    least = 0.0 if "join" in posed.options else least_seconds(forward, curve)
+    least = 0.0 if "join" in posed.options else least_backward(forward, curve)
     _pass_over(there.seconds + max(floor[1], least), best)
     backward = method.backward(posed)
     back = price(backward, terms.cluster, terms.kernel)

@@ -84,9 +84,7 @@ def _proposals(compute: np.ndarray, size: int) -> Iterator[tuple[int, int, float
                     yield high, low, share * float(load[high] - load[low]) / total
 
 
-def _tried(
-    teams: list[Team], work: Work, high: int, low: int, part: float
-) -> list[Team] | None:
+def _tried(teams: list[Team], work: Work, high: int, low: int, part: float) -> list[Team] | None:
     """The teams after an exchange between two of them; None where there is none."""
     changed = list(teams)
     for index in (high, low):

@@ -59,7 +59,7 @@ def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:
     return flops / (1e12 * curve.tflops) + fixed + merges
 
 
-def least_seconds(forward: Schedule, backward: Curve) -> float:
+def least_backward(forward: Schedule, backward: Curve) -> float:
     """Seconds that the busiest rank computes at least in the backward of a plan, from its forward:
     the same tiles, without what launches cost."""
     tasks, curve = forward.tasks, backward

@@ -42,7 +42,7 @@ METHODS = {
     "ulysses": Method(ulysses.forward, ulysses.backward, ("u",)),
     "usp": Method(usp.forward, usp.backward, ("u",)),
     "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first")),
-    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "join")),
+    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "slack")),
 }
 
 

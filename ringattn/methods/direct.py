@@ -3,8 +3,9 @@
 Source: zero-redundant group-cast and group-reduce of MagiAttention, here as point-to-point moves in
 stages. Bytes received per rank: forward 2 D Hkv e times the needed remote rows; backward times
 (e + g) / e. For a causal window of W keys on contiguous shards: 2 min(W-1, r n) Hkv D e forward.
-The option "stages" fixes the number of stages; by default each holds about one shard. "join" 1 joins
-the home and remote keys of a query, where there is one stage, and "by_heads" 1 cuts local work by heads (see `ringattn.methods.gather`).
+The option "stages" fixes the number of stages; by default each holds about one shard. "join" 1
+joins the home and remote keys of a query, where there is one stage, and "by_heads" 1 cuts local
+work by heads (see `ringattn.methods.gather`).
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ringattn.methods.common import Problem
 from ringattn.methods.gather import Runs, gather, union_of_rows
 from ringattn.schedule import Direction, Schedule
+
 
 def _needed(problem: Problem) -> Runs:
     """The union of the rows that each rank's remote tiles touch."""

@@ -23,7 +23,6 @@ from ringattn.methods.common import Problem, finish, halve, moves_of, tasks_of
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT, intersect
 
-
 _ROW = 1 << 41  # more than any row number, so that (run, row) orders as one integer
 
 

@@ -12,6 +12,7 @@ summed on the way home. Slices may be uneven; where a slice's query heads do not
 key heads, it gets one copy of the key head per query head.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -126,7 +127,8 @@ def compose(
     if degree == 1:
         return replace(inner(problem), key=f"{method}:{problem.mask.key}:{problem.layout.key}")
     grid = Grid(degree, problem.world // degree, heads_first)
-    name = f"pooled {degree} {heads_first} {ranges is None}"
+    part = "all" if ranges is None else hashlib.sha256(ranges.tobytes()).hexdigest()
+    name = f"pooled {degree} {heads_first} {part}"
     posed, rows = problem.once(name, lambda: _posed(problem, grid, ranges))
     posed = posed.with_options(problem.options, problem.wire)
     core = inner(posed)
@@ -148,9 +150,7 @@ def compose(
     return finish(problem, direction, method, tasks, table)
 
 
-def _posed(
-    problem: Problem, grid: Grid, ranges: np.ndarray | None
-) -> tuple[Problem, np.ndarray]:
+def _posed(problem: Problem, grid: Grid, ranges: np.ndarray | None) -> tuple[Problem, np.ndarray]:
     """The problem over head groups, and each range's first row in its group's pooled shard."""
     pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
     degree = grid.degree if grid.heads_first else 1

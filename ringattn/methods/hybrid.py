@@ -6,8 +6,12 @@ its node. Private tokens are computed at home with all heads. The others are poo
 the ranks of a node, each of which takes a slice of the heads, and whole nodes exchange exactly the
 key rows they need (direct), half of the heads ahead of the others. Bytes received per rank: the formulas of `ringattn.methods.heads` and
 `ringattn.methods.direct`, counted over the rows that are not private.
-The option "u" is the head-parallel degree (default as for usp). Made for the layout "hybrid".
+The option "u" is the head-parallel degree (default as for usp); "slack" is how many per cent of a
+rank's work its private work may exceed the mean by (default 10). Made for the layout "hybrid".
 """
+
+from bisect import bisect_left
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,11 +22,11 @@ from ringattn.methods.usp import default_degree
 from ringattn.schedule import Direction, Schedule
 from ringattn.tiles import intersect
 
+SLACK = 10  # percent of a rank's work by which its private work may exceed the mean
+_ENOUGH = 0.7  # share of the excess that a part should hold
 
-_SLACK = 0.01  # share of a rank's work by which private work may differ
 
-
-def split_ranges(problem: Problem, degree: int) -> tuple[np.ndarray, np.ndarray]:
+def split_ranges(problem: Problem, degree: int, slack: int) -> tuple[np.ndarray, np.ndarray]:
     """The layout's ranges cut at the mask's edges, and which of them are private."""
     ranges, bands = problem.layout.ranges, problem.mask.bands
     if not len(ranges) or ranges["step"][0] > 1:
@@ -46,30 +50,34 @@ def split_ranges(problem: Problem, degree: int) -> tuple[np.ndarray, np.ndarray]
     shared[pieces["qseg"][crossing]] = shared[pieces["kseg"][crossing]] = True
     shared = _reached(shared, pieces)
     area = np.bincount(pieces["qseg"], weights=pieces["area"], minlength=len(parts))
-    uneven = _uneven(parts["owner"], area, ~shared, problem.world, degree)
+    most = slack / 100 * float(area.sum()) / problem.world
+    uneven = _uneven(parts["owner"], area, ~shared, problem.world, degree, most)
     return parts, ~(_reached(shared | uneven, pieces) if uneven.any() else shared)
 
 
 def _uneven(
-    owner: np.ndarray, area: np.ndarray, private: np.ndarray, world: int, degree: int
+    owner: np.ndarray, area: np.ndarray, private: np.ndarray, world: int, degree: int, slack: float
 ) -> np.ndarray:
-    """Private parts that leave their rank with more work than the mean of its head group.
+    """Private parts to share so that no rank keeps more than `slack` above its head group's mean.
 
-    Of a rank with too much, the smallest part that is enough, or the largest ones.
+    Of the rank with most, the smallest part that brings it near the mean, or its largest.
     """
     load = np.bincount(owner[private], weights=area[private], minlength=world)
-    mean = load.reshape(-1, degree).mean(axis=1).repeat(degree)
-    excess = load - mean - _SLACK * area.sum() / world
     chosen = np.zeros(len(owner), dtype=bool)
-    for rank in np.flatnonzero(excess > 0).tolist():
-        mine = np.flatnonzero(private & (owner == rank))
-        mine = mine[np.argsort(-area[mine], kind="stable")]
-        over = float(excess[rank])
-        for index, part in enumerate(mine.tolist()):
-            following = area[mine[index + 1]] if index + 1 < len(mine) else 0.0
-            if over > 0 and following < over:
-                chosen[part] = True
-                over -= float(area[part])
+    mine = np.flatnonzero(private & (area > 0))
+    mine = mine[np.lexsort((area[mine], owner[mine]))]  # of each rank, the smallest first
+    bounds = np.searchsorted(owner[mine], np.arange(world + 1))
+    held = [mine[a:b].tolist() for a, b in pairwise(bounds.tolist())]
+    sizes = area.tolist()
+    for first in range(0, world, degree):
+        loads = load[first : first + degree].tolist()
+        while (excess := max(loads) - sum(loads) / degree) > slack:
+            rank = loads.index(max(loads))
+            parts = held[first + rank]
+            place = bisect_left(parts, _ENOUGH * excess, key=sizes.__getitem__)
+            part = parts.pop(min(place, len(parts) - 1))
+            loads[rank] -= sizes[part]
+            chosen[part] = True
     return chosen
 
 
@@ -84,9 +92,9 @@ def _reached(shared: np.ndarray, pieces: np.ndarray) -> np.ndarray:
             return shared
 
 
-def _split(problem: Problem, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(problem: Problem, degree: int, slack: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The cut ranges, which are private, and the tasks of those."""
-    parts, private = split_ranges(problem, degree)
+    parts, private = split_ranges(problem, degree, slack)
     alone = parts[private]
     pieces = intersect(problem.mask.bands, alone, alone)
     return parts, private, tasks_of(problem, pieces, alone["owner"][pieces["qseg"]])
@@ -95,7 +103,9 @@ def _split(problem: Problem, degree: int) -> tuple[np.ndarray, np.ndarray, np.nd
 def _plan(problem: Problem, direction: Direction) -> Schedule:
     degree = problem.options.get("u", 0) or default_degree(problem)
     check_degree(problem, degree)
-    parts, private, tasks = problem.once(f"hybrid {degree}", lambda: _split(problem, degree))
+    slack = problem.options.get("slack", SLACK)
+    name = f"hybrid {degree} {slack}"
+    parts, private, tasks = problem.once(name, lambda: _split(problem, degree, slack))
     if private.all():
         empty = moves_of(problem, 0)
         return finish(problem, direction, "hybrid", tasks.copy(), empty)

@@ -1,7 +1,8 @@
 """Masks, layouts and inputs that the core's tests share.
 
 A case is a dict: mask, layout, method, world, group (query heads per key head), batch, kernel.
-`method` may carry stages and more ("direct:3", "direct:1:join"), `kernel` an extra ("matmul+softcap").
+`method` may carry stages and more ("direct:3", "direct:1:join"), `kernel` an extra
+("matmul+softcap").
 """
 
 from collections.abc import Callable

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn import UserError, masks, planner
+from ringattn import UserError, masks
+from ringattn.bounds import least_seconds
 from ringattn.candidates import AUTO_METHODS, candidates
 from ringattn.cost import load_cluster, peak_bytes, price_pair
 from ringattn.masks import Mask
@@ -47,10 +48,10 @@ def test_bounds_never_change_the_choice(name: str) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_no_bound_exceeds_the_price(name: str) -> None:
     mask, cp = MASKS[name](), context()
-    terms = planner.Terms(cluster=load_cluster("h100_sxm"))
+    cluster = load_cluster("h100_sxm")
     for quote in cp.compare(mask, exhaustive=True).quotes:
         problem = cp._problem(mask, quote.layout)
-        floor = planner._floor(quote.candidate, problem, terms)
+        floor = least_seconds(quote.candidate, problem, cluster, None)
         for least, priced in zip(floor, quote.priced, strict=True):
             assert least <= priced.seconds, quote.candidate
 
