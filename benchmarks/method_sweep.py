@@ -19,6 +19,7 @@ Options = tuple[tuple[str, int], ...]
 STAGES = (1, 2, 4)
 CHUNKS = (2048, 4096)
 TILES = 150_000  # more tiles than this are not planned: no launch list should be that long
+SWEPT_TILES = 60_000  # nor swept, where every method would be planned on them
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def sweep(
     posed: tuple[str, Problem | None] = ("", None)
     for entry in sweep_entries(shapes, ranks, node):
         if entry.place != posed[0]:
-            posed = entry.place, pose(entry, mask, shapes, ranks, node)
+            posed = entry.place, pose(entry, mask, shapes, ranks, node, SWEPT_TILES)
         if posed[1] is None:
             continue
         try:
@@ -99,7 +100,9 @@ def sweep(
     return sorted(found, key=lambda pair: pair[0])
 
 
-def pose(entry: Entry, mask: Mask, shapes: Shapes, ranks: int, node: int) -> Problem | None:
+def pose(
+    entry: Entry, mask: Mask, shapes: Shapes, ranks: int, node: int, tiles: int = TILES
+) -> Problem | None:
     """The problem on an entry's layout; None where there is none, or one of too many tiles."""
     try:
         layout = layouts.by_name(entry.layout, mask, ranks, node, **dict(entry.layout_options))
@@ -108,7 +111,7 @@ def pose(entry: Entry, mask: Mask, shapes: Shapes, ranks: int, node: int) -> Pro
     problem = Problem(mask=mask, layout=layout, shapes=shapes, ranks_per_node=node)
     # Stripes of one token see every document from every pair of ranks.
     pairs = ranks**2 if entry.layout == "striped" else ranks
-    if pairs * len(mask.bands) > TILES or len(problem.pieces) > TILES:
+    if pairs * len(mask.bands) > tiles or len(problem.pieces) > tiles:
         return None
     return problem
 

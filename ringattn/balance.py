@@ -18,6 +18,7 @@ from ringattn.tiles import cropped_area, cropped_bands
 KEY = 256  # pairs that a kernel could compute in the time that it spends on each key of a tile
 BLOCK = 128  # kernels like cuts at multiples of it
 CLOSE = 0.01  # share of the mean load within which teams count as balanced
+_TRIED = 3  # teams with little that a team with much is paired with before it is given up
 _LEAST = 0.35  # share of what an exchange should shift that makes it worth its cuts
 
 
@@ -112,22 +113,31 @@ def equalize(teams: list[Team], work: Work, spare: int = 0) -> None:
     for _ in range(4 * len(teams)):
         mean = sum(team.load for team in teams) / len(teams)
         order = sorted(range(len(teams)), key=lambda index: teams[index].load)
-        low, high = teams[order[0]], teams[order[-1]]
-        if high.load - mean <= CLOSE * mean:
+        if teams[order[-1]].load - mean <= CLOSE * mean:
             return
-        goal = min(high.load - mean, mean - low.load)
-        goal = max(goal, (high.load - low.load) / 4)
-        before = list(high.items), list(low.items), high.load, low.load
-        moved = 0
-        if extra[order[0]] >= BLOCK:
-            moved = _give(high, low, work, goal, extra[order[0]])
-        if not moved and not exchange(high, low, work, goal):
+        if not any(_relieve(teams, work, order[-1], low, mean, extra) for low in order[:_TRIED]):
             return
-        high.load, low.load = _load(high, work), _load(low, work)
-        if max(high.load, low.load) >= before[2]:  # more keys to attend outweigh the balance
-            high.items, low.items, high.load, low.load = before
-            return
-        extra[order[0]], extra[order[-1]] = extra[order[0]] - moved, extra[order[-1]] + moved
+
+
+def _relieve(
+    teams: list[Team], work: Work, most: int, least: int, mean: float, extra: list[int]
+) -> bool:
+    """Shifts work from one team to another, unless that makes the larger load no less."""
+    high, low = teams[most], teams[least]
+    goal = min(high.load - mean, mean - low.load)
+    goal = max(goal, (high.load - low.load) / 4)
+    if goal <= 0:
+        return False
+    before = list(high.items), list(low.items), high.load, low.load
+    moved = _give(high, low, work, goal, extra[least]) if extra[least] >= BLOCK else 0
+    if not moved and not exchange(high, low, work, goal):
+        return False
+    high.load, low.load = _load(high, work), _load(low, work)
+    if max(high.load, low.load) >= before[2]:  # more keys to attend outweigh the balance
+        high.items, low.items, high.load, low.load = before
+        return False
+    extra[least], extra[most] = extra[least] - moved, extra[most] + moved
+    return True
 
 
 def _load(team: Team, work: Work) -> float:

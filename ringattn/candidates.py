@@ -76,8 +76,8 @@ def candidates(
         pairs = [(layout, entry) for entry in (*plain, *most, *less, *rings, *whole)]
     else:
         pairs = [(name, entry) for name in NODE_LAYOUTS for entry in (*most, *less)]
-        # Where the mask is one long document, halves of it balance without scattered chunks.
-        pairs += [("zigzag", entry) for entry in most]
+        # Where few long ranges balance nodes, they do without scattered chunks.
+        pairs += [(name, entry) for name in ("zigzag", "contiguous") for entry in most]
         pairs += [(name, entry) for name in ("node_balanced", "zigzag") for entry in rings]
         pairs += [(name, entry) for name in RANK_LAYOUTS for entry in plain]
         pairs += [("contiguous", entry) for entry in whole]

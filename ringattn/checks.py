@@ -74,9 +74,20 @@ def wire(wire_dtype: torch.dtype | str | None, dtype: torch.dtype | None) -> Wir
         return Wire.INPUT
     raise UserError(
         f"wire_dtype={wire_dtype}",
-        f"must be the accumulators' {accumulator}, the input dtype {dtype}, or auto",
+        f"must be auto, the accumulators' {accumulator} or the input dtype {dtype}",
         "pass one of them, and dtype with it",
     )
+
+
+def weighed_wire(wire_dtype: torch.dtype | str | None, priced: bool) -> bool:
+    """Whether the planner is to weigh wire dtypes, which it does on a cluster only."""
+    if wire_dtype == "auto" and not priced:
+        raise UserError(
+            "wire_dtype='auto'",
+            "is chosen by predicted time, which needs a cluster",
+            'pass cluster="..." or a dtype',
+        )
+    return wire_dtype == "auto"
 
 
 def layout_options(given: dict[str, int | float], layout: str | Layout) -> None:

@@ -82,7 +82,8 @@ class ContextParallel:
         self.cluster = checks.cluster(cluster)
         self.ranks_per_node = ranks_per_node or self._node_size()
         self.shapes = checks.shapes(self.heads, self.head_dim, dtype)
-        self.wire, self.any_wire = checks.wire(wire_dtype, dtype), wire_dtype == "auto"
+        self.wire = checks.wire(wire_dtype, dtype)
+        self.any_wire = checks.weighed_wire(wire_dtype, self.cluster is not None)
         checks.names(method, layout, kernel)
         checks.layout_world(layout, self.world)
         checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit, refine=refine)

@@ -1,4 +1,4 @@
-"""Layouts that balance teams of ranks instead of ranks, for plans that share heads inside a team."""
+"""Layouts that balance teams of ranks, for plans that share heads inside a team."""
 
 import heapq
 from itertools import pairwise
@@ -24,7 +24,7 @@ def node_balanced(
     max_imbalance: float = 1.0,
 ) -> Layout:
     """Chunks of tokens, largest mask area first, to the least loaded team with room, then exchanged
-    between teams until their areas are equal.
+    between teams until area and the cost of keys are near equal.
 
     A team is a node, or `group` of its ranks. Every rank holds equally many tokens (+-1), and a
     team's tokens are cut into consecutive runs for its ranks. Balanced where the ranks of a team
