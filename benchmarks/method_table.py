@@ -1,54 +1,44 @@
-"""Every method on every layout, priced side by side on a cluster that need not be there.
+"""Every method on every layout, and "auto", priced side by side on a cluster not at hand.
 
-    python -m ringattn.benchmarks.method_table [--cluster h100_sxm] [--ranks 64] [--out FILE]
+    python -m ringattn.benchmarks.method_table [--cluster h100_sxm] [--ranks 64] [--sweep]
 
 64 query and 8 key heads of dim 128, bfloat16, 8K tokens per rank, forward and backward. Speeds are
 exact mask FLOPs over the slowest rank's time, per rank. `single` is the same kernel on one rank
-that holds the whole sequence. `magi` is area-greedy in chunks of 2,048 with direct moves in two
-stages and the kernel ffa, as the published system runs.
+with the whole sequence, `alone` with one rank's tokens under a mask of the same kind. `magi` is
+area-greedy in chunks of 2,048 with direct moves in two stages and the kernel ffa, as the published
+system runs. Writes one record per figure, and a table and a summary beside it; `--sweep` adds how
+far "auto" is from an exhaustive sweep (see `ringattn.benchmarks.method_sweep`).
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 import ringattn as ra
 from ringattn import layouts
 from ringattn.benchmarks.calibration_rows import typical_packs
 from ringattn.benchmarks.cpu_cost import corpus_lengths
+from ringattn.benchmarks.method_summary import Results, write_summary
+from ringattn.benchmarks.method_sweep import Entry, pose, sweep
 from ringattn.benchmarks.record import Recorder
-from ringattn.cost import Cluster, load_cluster, peak_bytes, price_pair
+from ringattn.cost import Cluster, Priced, load_cluster, peak_bytes, price_pair
 from ringattn.errors import UserError
-from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.methods import METHODS
 from ringattn.methods.common import Problem
+from ringattn.planner import Quote
 from ringattn.schedule import Schedule, Shapes
 
 TOKENS = 8192
-TILES = 150_000  # more tiles than this are not planned: no launch list should be that long
 STAGES = {"direct": (1, 2, 4), "hybrid": (1, 2)}
 SHAPES = Shapes(
     q_heads=64, kv_heads=8, qk_dim=128, v_dim=128, itemsize=2, accumulator_itemsize=4
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A way to run a mask: a layout, a method, its options and the kernel it is priced with."""
-
-    layout: str
-    method: str
-    options: tuple[tuple[str, int], ...] = ()
-    kernel: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The method with its options."""
-        return self.method + "".join(f",{key}={value}" for key, value in self.options)
+MAGI = Entry("area_greedy", "direct", (("stages", 2),), (("chunk", 2048),), "ffa")
 
 
 def masks(seq_len: int) -> dict[str, Mask]:
@@ -79,33 +69,39 @@ def entries() -> Iterator[Entry]:
         for method in METHODS:
             for stages in STAGES.get(method, (0,)):
                 yield Entry(layout, method, (("stages", stages),) if stages else ())
-    yield Entry("area_greedy/2048", "direct", (("stages", 2),), "ffa")
-
-
-def layout_of(name: str, mask: Mask, ranks: int, node: int) -> Layout:
-    """A layout by name, with a chunk size after a slash."""
-    if name == "area_greedy/2048":
-        return layouts.area_greedy(mask, ranks, chunk=2048)
-    return layouts.by_name(name, mask, ranks, node)
+    yield Entry("contiguous", "direct", (("stages", 1), ("join", 1)))
+    yield Entry(MAGI.layout, MAGI.method, MAGI.options, MAGI.layout_options)
+    yield MAGI
 
 
 def measure(entry: Entry, problem: Problem, cluster: Cluster) -> dict:
     """Figures of an entry: times in ms, TFLOP/s per rank, GB received, imbalance, peak GB."""
-    problem = replace(problem, options=dict(entry.options))
+    # A problem of its own, so that nothing is counted as planned already.
+    problem = Problem(
+        mask=problem.mask, layout=problem.layout, shapes=problem.shapes,
+        ranks_per_node=problem.ranks_per_node, options=dict(entry.options),
+    )  # fmt: skip
     start = time.process_time()
     method = METHODS[entry.method]
     schedules = method.forward(problem), method.backward(problem)
     planned = time.process_time()
     priced = price_pair(schedules, cluster, entry.kernel)
+    found = {"layout": entry.place, "method": entry.name} | _figures(
+        priced, max(_peak(s) for s in schedules)
+    )
+    return found | {
+        "plan_ms": 1e3 * (planned - start),
+        "price_ms": 1e3 * (time.process_time() - planned),
+    }
+
+
+def _figures(priced: tuple[Priced, Priced], peak: int) -> dict:
     seconds = sum(p.seconds for p in priced)
     received = priced[0].received + priced[1].received
-    world = problem.world
     return {
-        "layout": entry.layout,
-        "method": entry.name,
         "forward_ms": 1e3 * priced[0].seconds,
         "backward_ms": 1e3 * priced[1].seconds,
-        "tflops": sum(p.flops for p in priced) / (1e12 * world * seconds),
+        "tflops": sum(p.flops for p in priced) / (1e12 * len(priced[0].compute) * seconds),
         "forward_tflops": priced[0].tflops_per_rank,
         "backward_tflops": priced[1].tflops_per_rank,
         "intra_gb_mean": float(received[0].mean()) / 1e9,
@@ -113,14 +109,25 @@ def measure(entry: Entry, problem: Problem, cluster: Cluster) -> dict:
         "inter_gb_mean": float(received[1].mean()) / 1e9,
         "inter_gb_max": float(received[1].max()) / 1e9,
         "imbalance": max(p.imbalance for p in priced),
-        "peak_gb": max(_peak(s) for s in schedules) / 1e9,
-        "plan_ms": 1e3 * (planned - start),
-        "price_ms": 1e3 * (time.process_time() - planned),
+        "peak_gb": peak / 1e9,
     }
 
 
 def _peak(schedule: Schedule) -> int:
     return int(peak_bytes(schedule).max())
+
+
+def chosen(mask: Mask, ranks: int, cluster: Cluster) -> dict:
+    """Figures of what "auto" chooses, and the milliseconds that the choice takes."""
+    context = ra.ContextParallel(
+        ranks, heads=(SHAPES.q_heads, SHAPES.kv_heads), head_dim=SHAPES.qk_dim,
+        dtype=torch.bfloat16, cluster=cluster,
+    )  # fmt: skip
+    start = time.process_time()
+    best: Quote = context.compare(mask).best
+    cold = time.process_time() - start
+    found = {"layout": best.layout.name, "method": f"auto: {best.candidate}"}
+    return found | _figures(best.priced, best.peak_bytes) | {"plan_ms": 1e3 * cold}
 
 
 def single(mask: Mask, cluster: Cluster) -> float:
@@ -138,61 +145,77 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--masks", nargs="*", help="names of masks; default all")
     parser.add_argument("--top", type=int, default=0, help="print the fastest only; 0: all")
+    parser.add_argument("--sweep", action="store_true", help="hold auto against everything")
     args = parser.parse_args()
-    cluster = load_cluster(args.cluster)
-    seq_len = TOKENS * args.ranks
-    recorder = Recorder(args.out)
-    for name, mask in masks(seq_len).items():
-        if not args.masks or name in args.masks:
-            rate = single(mask, cluster)
-            print(f"\n{name}: {len(mask.bands)} bands, single {rate:.0f} TFLOP/s")
-            rows = _rows(recorder, name, mask, cluster, args.ranks, rate)
-            _print(sorted(rows, key=lambda r: -r["tflops"])[: args.top or None])
+    cluster, ranks = load_cluster(args.cluster), args.ranks
+    recorder, results = Recorder(args.out), Results(cluster.name, ranks, TOKENS)
+    alone = masks(TOKENS)
+    for name, mask in masks(TOKENS * ranks).items():
+        if args.masks and name not in args.masks:
+            continue
+        rate, small = single(mask, cluster), single(alone[name], cluster)
+        print(f"\n{name}: {len(mask.bands)} bands, single {rate:.0f}, alone {small:.0f} TFLOP/s")
+        rows = [*_rows(recorder, name, mask, cluster, ranks), chosen(mask, ranks, cluster)]
+        case = f"{name}-auto-{cluster.name}-{ranks}"
+        recorder.ok("method_table", case, rows[-1]["tflops"], "TFLOP/s", config=rows[-1])
+        best = None
+        if args.sweep:
+            best = _swept(recorder, name, mask, cluster, ranks, rows[-1])
+        results.add(name, rows, rate, small, best)
+        _print(sorted(rows, key=lambda r: -r["tflops"])[: args.top or None])
+    write_summary(results, Path(args.out).with_suffix(".md"), Path(args.out).with_suffix(".json"))
 
 
-def _rows(
-    recorder: Recorder, name: str, mask: Mask, cluster: Cluster, ranks: int, rate: float
-) -> list[dict]:
+def _rows(recorder: Recorder, name: str, mask: Mask, cluster: Cluster, ranks: int) -> list[dict]:
     """Measures and records all entries of a mask."""
     rows = []
     for entry in entries():
         if entry.kernel is not None and entry.kernel not in cluster.kernels:
             continue
         config = {"cluster": cluster.name, "ranks": ranks, "kernel": entry.kernel or cluster.kernel}
-        case = f"{name}-{entry.layout}-{entry.name}-{cluster.name}-{ranks}"
+        kernel = f"-{entry.kernel}" if entry.kernel else ""
+        case = f"{name}-{entry.place}-{entry.name}{kernel}-{cluster.name}-{ranks}"
         try:
-            layout = layout_of(entry.layout, mask, ranks, cluster.ranks_per_node)
-            problem = Problem(
-                mask=mask, layout=layout, shapes=SHAPES, ranks_per_node=cluster.ranks_per_node
-            )
-            _check_size(problem)
+            problem = pose(entry, mask, SHAPES, ranks, cluster.ranks_per_node)
+            if problem is None:
+                raise UserError(
+                    f"layout {entry.place}", "has too many tiles", "choose longer ranges"
+                )
             found = measure(entry, problem, cluster)
         except UserError as error:
             recorder.refused("method_table", case, "TFLOP/s", str(error), config=config)
             continue
-        config |= found | {"single_tflops": rate}
-        recorder.ok("method_table", case, found["tflops"], "TFLOP/s", config=config)
+        found["method"] += f",{entry.kernel}" if entry.kernel else ""
+        recorder.ok("method_table", case, found["tflops"], "TFLOP/s", config=config | found)
         rows.append(found)
     return rows
 
 
-def _check_size(problem: Problem) -> None:
-    # Stripes of one token see every document from every pair of ranks.
-    pairs = problem.world**2 if problem.layout.name == "striped" else problem.world
-    if pairs * len(problem.mask.bands) > TILES:
-        raise UserError(
-            f"layout {problem.layout.name}",
-            f"cuts {len(problem.mask.bands)} bands into more than {TILES} tiles",
-            "choose a layout of longer ranges",
-        )
+def _swept(
+    recorder: Recorder, name: str, mask: Mask, cluster: Cluster, ranks: int, auto: dict
+) -> dict:
+    """The best of the exhaustive sweep, recorded with auto's distance from it."""
+    found = sweep(mask, SHAPES, ranks, cluster)
+    seconds, entry = found[0]
+    ours = (auto["forward_ms"] + auto["backward_ms"]) / 1e3
+    best = {
+        "priced": len(found), "layout": entry.place, "method": entry.name,
+        "ms": 1e3 * seconds, "auto_ms": 1e3 * ours, "auto_over_best": ours / seconds,
+        "next": [f"{e.name} over {e.place}: {1e3 * s:.2f} ms" for s, e in found[1:6]],
+    }  # fmt: skip
+    case = f"{name}-auto-over-sweep-{cluster.name}-{ranks}"
+    recorder.ok("method_sweep", case, ours / seconds, "ratio", config=best)
+    print(f"sweep of {len(found)}: {entry.name} over {entry.place}, {1e3 * seconds:.2f} ms; "
+          f"auto needs {100 * (ours / seconds - 1):.1f} % more")  # fmt: skip
+    return best
 
 
 def _print(rows: list[dict]) -> None:
-    print(f"{'layout':17} {'method':18} {'fwd ms':>8} {'bwd ms':>8} {'TFLOP/s':>8} {'fwd':>5} "
+    print(f"{'layout':22} {'method':30} {'fwd ms':>8} {'bwd ms':>8} {'TFLOP/s':>8} {'fwd':>5} "
           f"{'bwd':>5} {'intra GB':>12} {'inter GB':>12} {'imbal.':>7} {'peak GB':>8}")  # fmt: skip
     for r in rows:
         print(
-            f"{r['layout']:17} {r['method']:18} {r['forward_ms']:8.2f} {r['backward_ms']:8.2f} "
+            f"{r['layout']:22} {r['method']:30} {r['forward_ms']:8.2f} {r['backward_ms']:8.2f} "
             f"{r['tflops']:8.0f} {r['forward_tflops']:5.0f} {r['backward_tflops']:5.0f} "
             f"{r['intra_gb_mean']:5.2f} {r['intra_gb_max']:6.2f} {r['inter_gb_mean']:5.2f} "
             f"{r['inter_gb_max']:6.2f} {r['imbalance']:7.2f} {r['peak_gb']:8.2f}"

@@ -32,7 +32,7 @@ LENGTHS = [21, 4, 7]
 RANKS = 4
 TASK_COLUMNS = (
     "step", "rank", "qslot", "kslot", "oslot", "gslot",
-    "q0", "q1", "k0", "k1", "lo", "hi", "area",
+    "h0", "h1", "q0", "q1", "k0", "k1", "lo", "hi", "area",
 )  # fmt: skip
 MOVE_COLUMNS = (
     "post", "land", "src", "dst", "channel", "sslot", "s0", "dslot", "d0", "rows",

@@ -65,18 +65,45 @@ def shapes(heads: tuple[int, int], head_dim: tuple[int, int], dtype: torch.dtype
     )
 
 
-def wire(wire_dtype: torch.dtype | None, dtype: torch.dtype | None) -> Wire:
-    """Whether partial results travel as accumulators or in the input dtype."""
+def wire(wire_dtype: torch.dtype | str | None, dtype: torch.dtype | None) -> Wire:
+    """Whether partial results travel as accumulators or in the input dtype; accumulators where
+    "auto" is to decide."""
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    if wire_dtype is None or wire_dtype == accumulator:
+    if wire_dtype is None or wire_dtype == accumulator or wire_dtype == "auto":
         return Wire.ACCUMULATOR
     if wire_dtype == dtype:
         return Wire.INPUT
     raise UserError(
         f"wire_dtype={wire_dtype}",
-        f"must be the accumulators' {accumulator} or the input dtype {dtype}",
+        f"must be auto, the accumulators' {accumulator} or the input dtype {dtype}",
         "pass one of them, and dtype with it",
     )
+
+
+def weighed_wire(wire_dtype: torch.dtype | str | None, priced: bool) -> bool:
+    """Whether the planner is to weigh wire dtypes, which it does on a cluster only."""
+    if wire_dtype == "auto" and not priced:
+        raise UserError(
+            "wire_dtype='auto'",
+            "is chosen by predicted time, which needs a cluster",
+            'pass cluster="..." or a dtype',
+        )
+    return wire_dtype == "auto"
+
+
+def layout_options(given: dict[str, int | float], layout: str | Layout) -> None:
+    """Settings of the layout: known to it, and numbers."""
+    known = layouts.OPTIONS.get(layout, ()) if isinstance(layout, str) else ()
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(
+                f"layout_options={given!r}",
+                f"layout {layout if isinstance(layout, str) else layout.name!r} has "
+                f"{'the options ' + ', '.join(known) if known else 'none'}",
+                f"drop {name!r} or name the layout it belongs to",
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"layout_options={given!r}", f"{name} is a number", "pass one")
 
 
 def names(method: str, layout: str | Layout, kernel: str) -> None:

@@ -4,7 +4,7 @@ The cost of a plan is the busiest rank's kernel work plus its received bytes, wi
 rate between the two: every rank computes the same figure from the mask alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.schedule import Schedule
-from ringattn.tiles import cropped_area
 
 BALANCED = 1.02  # busiest rank over mean rank; within it no finer layout is tried
 FLOPS_PER_BYTE = 1000.0  # between a CPU over loopback (about 60) and a GPU over a NIC (about 8000)
@@ -30,6 +29,7 @@ def choose(
     layout: str | Layout,
     method: str,
     problem: Callable[[Mask, Layout], Problem],
+    layout_options: Mapping[str, int | float] | None = None,
 ) -> tuple[Layout, str, Schedules]:
     """Returns the layout, the method's name and its forward and backward schedules.
 
@@ -38,7 +38,7 @@ def choose(
     """
     names = AUTO_METHODS if method == "auto" else (method,)
     best = None
-    for candidate in _layouts(mask, world, ranks_per_node, layout):
+    for candidate in _layouts(mask, world, ranks_per_node, layout, layout_options or {}):
         posed = problem(mask, candidate)
         for name in names:
             schedules = _schedules(name, posed)
@@ -68,11 +68,17 @@ def _schedules(name: str, problem: Problem) -> Schedules:
     return method.forward(problem), method.backward(problem)
 
 
-def _layouts(mask: Mask, world: int, ranks_per_node: int, layout: str | Layout) -> list[Layout]:
+def _layouts(
+    mask: Mask,
+    world: int,
+    ranks_per_node: int,
+    layout: str | Layout,
+    options: Mapping[str, int | float],
+) -> list[Layout]:
     if isinstance(layout, Layout):
         return [fitting(layout, mask)]
     if layout != "auto":
-        return [layouts.by_name(layout, mask, world, ranks_per_node)]
+        return [layouts.by_name(layout, mask, world, ranks_per_node, **options)]
     tried: list[Layout] = []
     for name in ("contiguous", "zigzag", "area_greedy"):
         tried.append(layouts.by_name(name, mask, world, ranks_per_node))
@@ -95,6 +101,6 @@ def fitting(layout: Layout, mask: Mask) -> Layout:
 def imbalance(mask: Mask, layout: Layout) -> float:
     """Mask area of the busiest rank's queries over the mean; for layouts of step 1."""
     ranges = layout.ranges[np.argsort(layout.ranges["start"])]
-    area = cropped_area(mask.bands, ranges["start"], ranges["stop"])
+    area = mask.row_area(ranges["start"], ranges["stop"])
     per_rank = np.bincount(ranges["owner"], weights=area, minlength=layout.world)
     return float(per_rank.max() / per_rank.mean()) if per_rank.sum() else 1.0

@@ -37,14 +37,19 @@ class ContextParallel:
         layout: name of a layout, a `Layout`, or "auto".
         kernel: name of a local kernel, or "auto".
         wire_dtype: dtype of travelling partial results: torch.float32 (default; float64 for
-            float64 inputs) or `dtype`.
+            float64 inputs), `dtype`, or "auto": whichever is predicted to be faster on the cluster.
         cluster: name of a cluster, path of its YAML file, or a `Cluster`: "auto" is then chosen by
             predicted time on it. None weighs mask area and bytes at a fixed rate.
         ranks_per_node: consecutive ranks that share a node; default from the launcher, for
             simulated ranks from the cluster.
+        refine: plans that a search for a better layout may price, where the cluster chooses and the
+            layout is not a `Layout`; default none. Each costs about as much as a plan.
         memory_limit: most bytes per batch element that a plan may need beyond the shards.
         timeout: how long a move may take on gloo; the group's own timeout by default.
-        options: settings of the method, e.g. {"stages": 4} for direct.
+        options: settings of the method, e.g. {"stages": 4} for direct. What is left open is chosen
+            by predicted time where there is a cluster.
+        layout_options: settings of a named layout, e.g. {"max_imbalance": 1.05} for node_balanced
+            (see `ringattn.layouts`).
 
     Building it does not communicate. Raises UserError for arguments that cannot work.
     """
@@ -59,27 +64,31 @@ class ContextParallel:
         method: str = "auto",
         layout: "str | Layout" = "auto",
         kernel: str = "auto",
-        wire_dtype: torch.dtype | None = None,
+        wire_dtype: "torch.dtype | str | None" = None,
         cluster: "str | os.PathLike[str] | Cluster | None" = None,
         ranks_per_node: int | None = None,
         memory_limit: int | None = None,
         timeout: timedelta | None = None,
         options: dict[str, int] | None = None,
+        layout_options: "dict[str, int | float] | None" = None,
+        refine: int | None = None,
     ) -> None:
         self.group, self.world, self.rank = _resolve(group)
         self.simulated = isinstance(group, int)
         self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
-        self.memory_limit, self.timeout = memory_limit, timeout
-        self.options = dict(options or {})
+        self.memory_limit, self.timeout, self.refine = memory_limit, timeout, refine or 0
+        self.options, self.layout_options = dict(options or {}), dict(layout_options or {})
         self.cluster = checks.cluster(cluster)
         self.ranks_per_node = ranks_per_node or self._node_size()
         self.shapes = checks.shapes(self.heads, self.head_dim, dtype)
         self.wire = checks.wire(wire_dtype, dtype)
+        self.any_wire = checks.weighed_wire(wire_dtype, self.cluster is not None)
         checks.names(method, layout, kernel)
         checks.layout_world(layout, self.world)
-        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit)
+        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit, refine=refine)
         checks.options(self.options, method, self.cluster is not None)
+        checks.layout_options(self.layout_options, layout)
         checks.is_duration(timeout)
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
@@ -150,16 +159,29 @@ class ContextParallel:
             self.layout,
             self.method,
             self._problem,
-            planner.Terms(cluster=self.cluster, kernel=kernel, memory_limit=self.memory_limit),
+            planner.Terms(
+                cluster=self.cluster,
+                kernel=kernel,
+                memory_limit=self.memory_limit,
+                any_wire=self.any_wire,
+                layout_options=tuple(self.layout_options.items()),
+                refine=self.refine,
+            ),
             exhaustive=exhaustive,
         )
 
     def _build(self, mask: Mask) -> Plan:
-        if self.cluster is not None and "auto" in (self.method, self.layout):
+        if self.cluster is not None and self._is_open():
             best = self.compare(mask).best
             return Plan(self, mask, best.layout, best.candidate.method, best.schedules)
         layout, method, schedules = choice.choose(
-            mask, self.world, self.ranks_per_node, self.layout, self.method, self._problem
+            mask,
+            self.world,
+            self.ranks_per_node,
+            self.layout,
+            self.method,
+            self._problem,
+            self.layout_options,
         )
         plan = Plan(self, mask, layout, method, schedules)
         if self.memory_limit is not None:
@@ -171,6 +193,15 @@ class ContextParallel:
                     "raise the limit, use more ranks or another method",
                 )
         return plan
+
+    def _is_open(self) -> bool:
+        """Whether there is anything to choose."""
+        return (
+            "auto" in (self.method, self.layout)
+            or self.any_wire
+            or self.refine > 0
+            or planner.is_open(self.shapes, self.world, self.ranks_per_node, self.method)
+        )
 
     def _node_size(self) -> int:
         """Ranks of a node where the caller does not say."""

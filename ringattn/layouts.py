@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,6 @@ from ringattn.errors import UserError
 from ringattn.layout import Layout, from_ranges
 from ringattn.masks import Mask
 from ringattn.node_layouts import hybrid, node_balanced
-from ringattn.tiles import cropped_area
 
 __all__ = [
     "NAMES",
@@ -109,7 +109,7 @@ def area_greedy(mask: Mask, world: int, chunk: int | None = None) -> Layout:
         raise UserError(f"chunk={chunk}", "must be >= 1", "pass tokens per chunk")
     start = np.arange(0, seq_len, chunk)
     stop = np.minimum(start + chunk, seq_len)
-    areas = cropped_area(mask.bands, start, stop)
+    areas = mask.row_area(start, stop)
     capacity = -(-len(start) // world)
     owner = np.empty(len(start), dtype=np.int64)
     heap = [(0, 0, rank) for rank in range(world)]
@@ -122,8 +122,18 @@ def area_greedy(mask: Mask, world: int, chunk: int | None = None) -> Layout:
     return from_ranges(seq_len, world, rows, "area_greedy")
 
 
-def by_name(name: str, mask: Mask, world: int, ranks_per_node: int | None = None) -> Layout:
-    """The layout of that name for this mask, with its default options.
+OPTIONS = {
+    "striped": ("stride",),
+    "area_greedy": ("chunk",),
+    "node_balanced": ("chunk", "group", "max_imbalance"),
+    "hybrid": ("chunk", "group", "max_imbalance"),
+}  # settings of a layout
+
+
+def by_name(
+    name: str, mask: Mask, world: int, ranks_per_node: int | None = None, **options: Any
+) -> Layout:
+    """The layout of that name for this mask, with its default options unless given.
 
     Without `ranks_per_node` all ranks are taken to share one node.
     """
@@ -131,12 +141,19 @@ def by_name(name: str, mask: Mask, world: int, ranks_per_node: int | None = None
     builders = {
         "contiguous": lambda: contiguous(seq_len, world),
         "zigzag": lambda: zigzag(seq_len, world),
-        "striped": lambda: striped(seq_len, world),
-        "area_greedy": lambda: area_greedy(mask, world),
-        "node_balanced": lambda: node_balanced(mask, world, local),
-        "hybrid": lambda: hybrid(mask, world, local),
+        "striped": lambda: striped(seq_len, world, **options),
+        "area_greedy": lambda: area_greedy(mask, world, **options),
+        "node_balanced": lambda: node_balanced(mask, world, local, **options),
+        "hybrid": lambda: hybrid(mask, world, local, **options),
     }
     if name not in builders:
         known = ", ".join(NAMES)
         raise UserError(f"layout={name!r}", f"must be one of {known}, auto", "pick one")
+    known = OPTIONS.get(name, ())
+    if strange := [key for key in options if key not in known]:
+        raise UserError(
+            f"layout_options={options!r}",
+            f"layout {name!r} has {'the options ' + ', '.join(known) if known else 'none'}",
+            f"drop {strange[0]!r} or choose another layout",
+        )
     return builders[name]()

@@ -7,23 +7,22 @@ same. Nothing but mask, cluster and arguments enters, so that all ranks choose a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from ringattn import choice, layouts, methods
-from ringattn.candidates import Candidate, candidates
+from ringattn.candidates import WIRES, Candidate, LayoutOptions, candidates
 from ringattn.cost import Cluster, Priced, peak_bytes, price
-from ringattn.cost.kernel_time import pair_flops
+from ringattn.cost.kernel_time import least_backward
 from ringattn.errors import UserError
 from ringattn.layout import Layout
+from ringattn.least_time import KEY_SIDE, SHARED, least_seconds
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
-from ringattn.schedule import Direction
-from ringattn.tiles import cropped_area
-
-DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+from ringattn.refine import refine
+from ringattn.schedule import Shapes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,16 +105,24 @@ class Terms:
     Attributes:
         cluster: what plans are priced on. kernel: one of its kernels; None for its own.
         memory_limit: most bytes per batch element beyond the shards; None for no limit.
+        any_wire: weigh partial results in the input dtype and in the accumulators'.
+        layout_options: settings of a layout that is named.
+        refine: plans that a search for a better layout may price, from the best found.
     """
 
     cluster: Cluster
     kernel: str | None = None
     memory_limit: int | None = None
+    any_wire: bool = False
+    layout_options: LayoutOptions = ()
+    refine: int = 0
 
 
-_KEY_SIDE = ("ring", "direct", "double_ring", "all_gather")  # queries stay with their rank
-_SHARED = ("usp", "ulysses", "hybrid")  # queries stay with u consecutive ranks
+# Guesses of the time over its bound; the order in which candidates are weighed, never the choice.
+_GUESS = {"hybrid": 1.0, "usp": 1.15, "loongtrain": 1.15, "tile": 2.0, "burst": 2.0}
+_USUAL = 1.2
 Pose = Callable[[Mask, Layout], Problem]
+Posed = dict[tuple[str, LayoutOptions], Problem | UserError]
 
 
 def compare(
@@ -144,93 +151,117 @@ def compare(
     name = layout if isinstance(layout, str) else layout.name
     start = choice.fitting(layout, mask) if isinstance(layout, Layout) else None
     first = problem(mask, start or layouts.contiguous(mask.seq_len, world))
-    posed: dict[str, Problem | UserError] = {first.layout.name: first}
-    found = candidates(first.shapes, world, ranks_per_node, name, method)
-    found = list(dict.fromkeys(_kept_to(candidate, first.options) for candidate in found))
+    posed: Posed = {(first.layout.name, ()): first}
+    found = _found(first, ranks_per_node, name, method, terms)
+    if start is not None:
+        found = list(dict.fromkeys(replace(entry, layout_options=()) for entry in found))
     for entry in found:
-        if entry.layout not in posed:
-            posed[entry.layout] = _pose(entry.layout, mask, world, ranks_per_node, problem)
+        if entry.place not in posed:
+            posed[entry.place] = _pose(entry.place, mask, world, ranks_per_node, problem)
     if name == "auto":
         _drop_needless(mask, posed)
-    floors = [_floor(entry, posed[entry.layout], terms) for entry in found]
+    floors = [
+        least_seconds(entry, posed[entry.place], terms.cluster, terms.kernel) for entry in found
+    ]
     quotes: list[tuple[float, int, Quote]] = []
     refusals: list[Refusal] = []
-    # The lowest bounds first, so that most others are passed over.
-    for index in np.argsort([sum(floor) for floor in floors], kind="stable").tolist():
+    # The most promising first, so that most others are passed over.
+    guesses = [sum(f) * _GUESS.get(c.method, _USUAL) for f, c in zip(floors, found, strict=True)]
+    for index in np.argsort(guesses, kind="stable").tolist():
         best = min(quotes)[0] if quotes and not exhaustive else float("inf")
         try:
-            quote = _quote(found[index], posed[found[index].layout], terms, floors[index], best)
+            quote = _quote(found[index], posed[found[index].place], terms, floors[index], best)
             quotes.append((quote.seconds, index, quote))
         except UserError as error:
             refusals.append(Refusal(candidate=found[index], reason=str(error)))
     if not quotes:
         raise _nothing_left(refusals, terms)
     ranked = tuple(quote for _, _, quote in sorted(quotes, key=lambda entry: entry[:2]))
+    if terms.refine and start is None:
+        better = _refined(mask, ranked[0], problem, terms)
+        ranked = ranked if better is None else (better, *ranked)
     return Comparison(quotes=ranked, refusals=tuple(refusals))
 
 
-def _kept_to(candidate: Candidate, given: dict[str, int]) -> Candidate:
-    """The candidate with the caller's settings in place of its own."""
+def _refined(mask: Mask, best: Quote, problem: Pose, terms: Terms) -> Quote | None:
+    """The best candidate on a layout that a search makes better; None where it finds none."""
+    candidate = replace(best.candidate, layout="refined", layout_options=())
+    quotes = {best.layout.key: best}
+    if candidate.method not in KEY_SIDE + SHARED or best.layout.world % candidate.u:
+        return None
+
+    def priced(layout: Layout) -> tuple[float, np.ndarray]:
+        if layout.key not in quotes:
+            posed = problem(mask, layout)
+            try:
+                quotes[layout.key] = _quote(candidate, posed, terms, (0.0, 0.0), float("inf"))
+            except UserError:  # needs too much memory
+                return float("inf"), np.zeros(layout.world)
+        quote = quotes[layout.key]
+        return quote.seconds, quote.priced[0].compute + quote.priced[1].compute
+
+    found = refine(mask, best.layout, candidate.u, priced, terms.refine)
+    return None if found is best.layout else quotes[found.key]
+
+
+def is_open(shapes: Shapes, world: int, ranks_per_node: int, method: str) -> bool:
+    """Whether a method has settings to weigh."""
+    return len(candidates(shapes, world, ranks_per_node, "contiguous", method)) > 1
+
+
+def _found(
+    posed: Problem, ranks_per_node: int, layout: str, method: str, terms: Terms
+) -> list[Candidate]:
+    """The candidates, with what the caller gave in place of their own settings."""
+    found = candidates(posed.shapes, posed.world, ranks_per_node, layout, method)
+    found = [_kept_to(entry, posed.options, terms) for entry in found]
+    if terms.any_wire:
+        found = [replace(entry, wire=wire) for entry in found for wire in WIRES]
+    return list(dict.fromkeys(found))
+
+
+def _kept_to(candidate: Candidate, given: dict[str, int], terms: Terms) -> Candidate:
     known = methods.by_name(candidate.method).options
     options = dict(candidate.options) | {k: v for k, v in given.items() if k in known}
-    return Candidate(
-        layout=candidate.layout, method=candidate.method, options=tuple(options.items())
+    if options.get("stages") != 1 and "join" not in given:
+        options.pop("join", None)
+    return replace(
+        candidate,
+        options=tuple(options.items()),
+        layout_options=terms.layout_options or candidate.layout_options,
     )
 
 
 def _pose(
-    name: str, mask: Mask, world: int, ranks_per_node: int, problem: Pose
+    place: tuple[str, LayoutOptions], mask: Mask, world: int, ranks_per_node: int, problem: Pose
 ) -> Problem | UserError:
     """The problem on a layout by name, or why there is none."""
+    name, options = place
     try:
-        return problem(mask, layouts.by_name(name, mask, world, ranks_per_node))
+        return problem(mask, layouts.by_name(name, mask, world, ranks_per_node, **dict(options)))
     except UserError as error:
         return error
 
 
-def _drop_needless(mask: Mask, posed: dict[str, Problem | UserError]) -> None:
+def _drop_needless(mask: Mask, posed: Posed) -> None:
     """Refuses a layout that equals another, and scattered chunks where long ranges balance."""
-    whole, nodes = posed.get("hybrid"), posed.get("node_balanced")
-    if (
-        isinstance(whole, Problem)
-        and isinstance(nodes, Problem)
-        and np.array_equal(whole.layout.ranges, nodes.layout.ranges)
-    ):
-        posed["hybrid"] = UserError(
-            "layout hybrid", "equals node_balanced on this mask", "use node_balanced"
-        )
+    for place, whole in posed.items():
+        nodes = posed.get(("node_balanced", place[1]))
+        if (
+            place[0] == "hybrid"
+            and isinstance(whole, Problem)
+            and isinstance(nodes, Problem)
+            and np.array_equal(whole.layout.ranges, nodes.layout.ranges)
+        ):
+            posed[place] = UserError(
+                "layout hybrid", "equals node_balanced on this mask", "use node_balanced"
+            )
     for name in ("contiguous", "zigzag"):
-        plain = posed[name]
+        plain = posed.get((name, ()))
         if isinstance(plain, Problem) and choice.imbalance(mask, plain.layout) <= choice.BALANCED:
-            posed["area_greedy"] = UserError(
+            posed["area_greedy", ()] = UserError(
                 "layout area_greedy", f"{name} balances the mask, in longer ranges", f"use {name}"
             )
-
-
-def _floor(candidate: Candidate, problem: Problem | UserError, terms: Terms) -> tuple[float, float]:
-    """Seconds that forward and backward take at least: exact FLOPs of the busiest head group.
-
-    The u ranks of a head group share the work of their tokens, and nobody else does any of it.
-    """
-    if isinstance(problem, UserError) or (problem.layout.ranges["step"] > 1).any():
-        return 0.0, 0.0
-    ranges, world = problem.layout.ranges, problem.world
-    order = np.argsort(ranges["start"])
-    start, stop = ranges["start"][order], ranges["stop"][order]
-    area = cropped_area(problem.mask.bands, start, stop)
-    rank = np.bincount(ranges["owner"][order], weights=area, minlength=world)
-    degree = 1 if candidate.method in _KEY_SIDE else candidate.u
-    if candidate.method not in _KEY_SIDE + _SHARED or (candidate.method in _SHARED and degree == 1):
-        return 0.0, 0.0  # queries travel, or the degree is left to the method
-    if world % degree:
-        return 0.0, 0.0
-    busiest = float(rank.reshape(-1, degree).mean(axis=1).max())
-    kernel, shapes = terms.cluster.kernel_named(terms.kernel), problem.shapes
-    forward, backward = (
-        busiest * shapes.q_heads * pair_flops(shapes, d) / (1e12 * kernel.curve(d).tflops)
-        for d in DIRECTIONS
-    )
-    return forward, backward
 
 
 def _quote(
@@ -244,11 +275,14 @@ def _quote(
     if isinstance(problem, UserError):
         raise problem
     _pass_over(sum(floor), best)
-    posed = problem.with_options(dict(candidate.options))
+    posed = problem.with_options(dict(candidate.options), candidate.wire)
     method = methods.by_name(candidate.method)
     forward = method.forward(posed)
     there = price(forward, terms.cluster, terms.kernel)
-    _pass_over(there.seconds + floor[1], best)
+    curve = terms.cluster.kernel_named(terms.kernel).backward
+    # Both directions compute the same tiles, and a joined forward a few keys twice.
+    least = 0.0 if "join" in posed.options else least_backward(forward, curve)
+    _pass_over(there.seconds + max(floor[1], least), best)
     backward = method.backward(posed)
     back = price(backward, terms.cluster, terms.kernel)
     peak = max(int(peak_bytes(schedule).max()) for schedule in (forward, backward))

@@ -23,8 +23,11 @@ MAX_TILES = 1 << 21
 _GROUP = 1 << 41  # larger than any token id, so that (group, token) orders as one integer
 
 
-def cropped_area(bands: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Mask area of the query rows of each range [start, stop); ranges sorted and disjoint."""
+def cropped_bands(
+    bands: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The bands seen by the query rows of each range [start, stop), and which range; ranges sorted
+    and disjoint."""
     first = np.searchsorted(stop, bands["q0"], side="right")
     last = np.searchsorted(start, bands["q1"], side="left")
     which, chunk = expand_ranges(first, last)
@@ -32,6 +35,12 @@ def cropped_area(bands: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.n
     low = np.maximum(part["q0"], start[chunk])
     part["q0"] += ceil_div(low - part["q0"], part["step"]) * part["step"]
     part["q1"] = np.minimum(part["q1"], stop[chunk])
+    return part, chunk
+
+
+def cropped_area(bands: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Mask area of the query rows of each range [start, stop); ranges sorted and disjoint."""
+    part, chunk = cropped_bands(bands, start, stop)
     total = np.zeros(len(start), dtype=np.int64)
     np.add.at(total, chunk, band_ops.area(part))
     return total

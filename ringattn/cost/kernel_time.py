@@ -5,6 +5,7 @@ Time is linear in a curve's figures. `load_of` counts what a kernel of given blo
 """
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,6 +57,18 @@ def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:
     fixed = 1e-6 * (curve.tile_us * load.tiles + curve.launch_us * load.launches)
     merges = curve.result_bytes * load.merged / (1e9 * cluster.memory_gbs)
     return flops / (1e12 * curve.tflops) + fixed + merges
+
+
+def least_backward(forward: Schedule, backward: Curve) -> float:
+    """Seconds that the busiest rank computes at least in the backward of a plan, from its forward:
+    the same tiles, without what launches cost."""
+    tasks, curve = forward.tasks, backward
+    bands = bands_of(tasks)
+    pairs = rounded_area(bands, curve.block_rows, curve.block_keys).astype(np.float64)
+    pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
+    pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
+    pairs *= (tasks["h1"] - tasks["h0"]) * pair_flops(forward.shapes, "backward")
+    return float(np.bincount(tasks["rank"], pairs).max(initial=0.0)) / (1e12 * curve.tflops)
 
 
 def rounded_area(bands: np.ndarray, block_rows: int, block_keys: int) -> np.ndarray:
@@ -152,22 +165,49 @@ def _longest_block(schedule: Schedule, block: int) -> np.ndarray:
 
 
 def _merged(schedule: Schedule, tasks: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Elements that each launch adds to results of earlier launches; tasks ordered by launch."""
+    """Elements that each launch adds to results of earlier launches; tasks ordered by launch.
+
+    Heads that launches do not share are counted apart.
+    """
     shapes = schedule.shapes
-    heads = np.maximum.reduceat(tasks["h1"] - tasks["h0"], first)
-    rows = _added_rows(tasks, first, "oslot", "q") * heads
-    if schedule.direction == "forward":
-        return rows * shapes.v_dim
-    keys = _added_rows(tasks, first, "gslot", "k") * heads * shapes.kv_heads / shapes.q_heads
-    return rows * shapes.qk_dim + keys * (shapes.qk_dim + shapes.v_dim)
+    edges = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
+    launch = np.repeat(np.arange(len(first)), np.diff(first, append=len(tasks)))
+    total = np.zeros(len(first))
+    for low, high in pairwise(edges.tolist()):
+        held = (tasks["h0"] <= low) & (high <= tasks["h1"])
+        part = tasks[held]
+        which, begin = np.unique(launch[held], return_index=True)
+        if not len(which):
+            continue
+        rows = _added_rows(part, begin, "oslot", "q") * (high - low)
+        if schedule.direction == "forward":
+            total[which] += rows * shapes.v_dim
+            continue
+        keys = _added_rows(part, begin, "gslot", "k")
+        keys = keys * (high - low) * shapes.kv_heads / shapes.q_heads
+        total[which] += rows * shapes.qk_dim + keys * (shapes.qk_dim + shapes.v_dim)
+    return total
 
 
 def _added_rows(tasks: np.ndarray, first: np.ndarray, slot: str, axis: str) -> np.ndarray:
-    """Result rows of each launch; 0 for the first launch that writes to a slot of a rank."""
-    low, high = tasks[axis + "0"], tasks[axis + "1"]
-    hull = np.maximum.reduceat(high, first) - np.minimum.reduceat(low, first)
-    rows = np.minimum(np.add.reduceat(high - low, first), hull)
-    # Launches are sorted by step, so that the first of each key is its first in time.
-    _, earliest = np.unique(tasks["rank"][first] * _SLOTS + tasks[slot][first], return_index=True)
-    rows[earliest] = 0
-    return rows
+    """Result rows of each launch that lie in the hull of what earlier launches wrote to the slot.
+
+    Rows that nobody wrote before are written, not added.
+    """
+    low = np.minimum.reduceat(tasks[axis + "0"], first)
+    high = np.maximum.reduceat(tasks[axis + "1"], first)
+    rows = np.add.reduceat(tasks[axis + "1"] - tasks[axis + "0"], first)
+    where = tasks["rank"][first] * _SLOTS + tasks[slot][first]
+    # Launches are sorted by step; a stable sort keeps those of a slot in the order of time.
+    order = np.argsort(where, kind="stable")
+    where, low, high, rows = (x[order] for x in (where, low, high, rows))
+    fresh = np.concatenate([[True], where[1:] != where[:-1]])
+    above = np.cumsum(fresh) * _OPEN
+    written_high = np.maximum.accumulate(above + high) - above
+    written_low = above - np.maximum.accumulate(above - low)
+    before_high = np.where(fresh, 0, np.concatenate([[0], written_high[:-1]]))
+    before_low = np.where(fresh, 0, np.concatenate([[0], written_low[:-1]]))
+    shared = np.minimum(high, before_high) - np.maximum(low, before_low)
+    added = np.empty_like(rows)
+    added[order] = np.clip(shared, 0, rows)
+    return added

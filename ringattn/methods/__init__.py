@@ -44,12 +44,12 @@ METHODS = {
     "burst": _flat(burst),
     "double_ring": _flat(double_ring),
     "all_gather": _flat(all_gather),
-    "direct": _flat(direct, "stages"),
+    "direct": _flat(direct, "stages", "join", "by_heads"),
     "tile": _flat(tile, "tile_a"),
     "ulysses": Method(ulysses.forward, ulysses.backward, ("u", "save")),
     "usp": Method(usp.forward, usp.backward, ("u", "save")),
     "loongtrain": Method(loongtrain.forward, loongtrain.backward, ("u", "context_first", "save")),
-    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "save")),
+    "hybrid": Method(hybrid.forward, hybrid.backward, ("u", "stages", "slack", "save")),
 }
 
 

@@ -26,9 +26,9 @@ def _everything(problem: Problem) -> Runs:
 
 def forward(problem: Problem) -> Schedule:
     """Plans the forward. Pure host work; every rank builds the same schedule."""
-    return gather(problem, "forward", "all_gather", _everything(problem), 1)
+    return gather(problem, "forward", "all_gather", lambda: _everything(problem), 1)
 
 
 def backward(problem: Problem) -> Schedule:
     """Plans the backward. Pure host work; every rank builds the same schedule."""
-    return gather(problem, "backward", "all_gather", _everything(problem), 1)
+    return gather(problem, "backward", "all_gather", lambda: _everything(problem), 1)

@@ -1,7 +1,9 @@
 """What every plan generator needs: the problem, local and remote tiles, tasks, finishing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from ringattn.schedule import (
 
 NONE = 1 << 40  # no row: above every row number
 BLOCK = 128  # rows or keys that a kernel handles at once
-_TILES = ("pieces", "q_rank", "k_rank")  # of a problem; they do not depend on its options
+_TILES = ("pieces", "q_rank", "k_rank")  # of a problem: neither options nor heads change them
 UNKNOWN = -1  # area of a part of a block tile, until `finish` counts it
 EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
@@ -70,20 +72,31 @@ class Problem:
         """Owner of the key rows of each piece."""
         return self.layout.ranges["owner"][self.pieces["kseg"]]
 
-    def with_options(self, options: dict[str, int]) -> "Problem":
-        """The same problem with other settings; tiles that are known already are shared."""
-        if options == self.options:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for both directions and for other options and
+        wires; nobody may write to it. The name tells all options that it depends on."""
+        made = vars(self).setdefault("_made", {})
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
+    def with_options(self, options: dict[str, int], wire: Wire | None = None) -> "Problem":
+        """The same problem with other settings; tables that are made already are shared."""
+        wire = self.wire if wire is None else wire
+        if options == self.options and wire == self.wire:
             return self
-        return self._sharing_tiles(replace(self, options=options))
+        vars(self).setdefault("_made", {})
+        other = replace(self, options=options, wire=wire)
+        vars(other).update({n: vars(self)[n] for n in (*_TILES, "_made") if n in vars(self)})
+        return other
 
     def for_heads(self, q0: int, q1: int, kv_heads: int) -> "Problem":
         """The problem of query heads [q0, q1) alone, on `kv_heads` key heads."""
         shapes = replace(self.shapes, q_heads=q1 - q0, kv_heads=kv_heads)
-        if self.mask.is_uniform:
-            return self._sharing_tiles(replace(self, shapes=shapes))
-        return replace(self, shapes=shapes, mask=self.mask.for_heads(self.shapes.q_heads, q0, q1))
-
-    def _sharing_tiles(self, other: "Problem") -> "Problem":
+        if not self.mask.is_uniform:
+            mask = self.mask.for_heads(self.shapes.q_heads, q0, q1)
+            return replace(self, shapes=shapes, mask=mask)
+        other = replace(self, shapes=shapes)
         vars(other).update({name: getattr(self, name) for name in _TILES})
         return other
 
@@ -157,25 +170,56 @@ def hulls_of(
     return Hulls(low, high)
 
 
-def halve(tasks: np.ndarray, late_step: int) -> np.ndarray:
+def halve(tasks: np.ndarray, late_step: int, *, by_heads: bool = False) -> np.ndarray:
     """Holds back about half of each rank's work until `late_step`, so that it hides the last moves.
 
-    Tiles are taken whole, largest first; where one tile would tip the balance by more than a
-    quarter of the rank's work, it is cut by query rows.
+    The cut lies between query rows that share no tile, where that leaves at least a quarter to
+    either side; else, or on request, tiles are cut by heads, and those of a single head by rows.
+    Both halves then write results of their own, which need no merge.
     """
-    order = np.lexsort((-tasks["area"], tasks["rank"]))
-    tasks = tasks[order]
-    rank_start = np.searchsorted(tasks["rank"], tasks["rank"], side="left")
-    total = np.bincount(tasks["rank"], weights=tasks["area"])[tasks["rank"]] if len(tasks) else 0
-    done = np.cumsum(tasks["area"])
-    before = done - tasks["area"] - (done - tasks["area"])[rank_start] if len(tasks) else done
-    goal = total / 2 - before
-    late = goal <= 0
-    tips = ~late & (tasks["area"] - goal > total / 4)
-    first, second = cut_rows(tasks[tips], goal[tips] / np.maximum(tasks["area"][tips], 1))
-    second["step"] = late_step
-    tasks["step"][late] = late_step
-    return np.concatenate([tasks[~tips], first, second])
+    if not len(tasks):
+        return tasks
+    tasks = tasks[np.lexsort((tasks["q0"], tasks["rank"]))]
+    work = tasks["area"] * (tasks["h1"] - tasks["h0"])
+    row, good = _free_rows(tasks, work)
+    rank = tasks["rank"]
+    whole = good[rank] & (not by_heads)
+    tasks["step"][whole & (tasks["q0"] >= row[rank])] = late_step
+    many = ~whole & (tasks["h1"] - tasks["h0"] > 1)
+    one = tasks[~whole & ~many]
+    halves = cut_rows(one, np.full(len(one), 0.5)) + _cut_heads(tasks[many])
+    for late in halves[1::2]:
+        late["step"] = late_step
+    return np.concatenate([tasks[whole], *halves])
+
+
+def _free_rows(tasks: np.ndarray, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each rank (by number): the row nearest to the middle of its work that cuts no tile, and
+    whether it leaves at least a quarter of the work to either side.
+
+    tasks: sorted by rank and first row. work: of each task.
+    """
+    rank = tasks["rank"]
+    total = np.bincount(rank, weights=work)
+    before = np.cumsum(work) - work
+    before -= before[np.searchsorted(rank, rank, side="left")]
+    reach = np.maximum.accumulate(rank * NONE + tasks["q1"])
+    free = np.concatenate([[False], reach[:-1] <= rank[1:] * NONE + tasks["q0"][1:]])
+    off = np.where(free, np.abs(before - total[rank] / 2), np.inf)
+    order = np.lexsort((off, rank))
+    best = order[np.unique(rank, return_index=True)[1]]
+    row, good = np.zeros(len(total), dtype=np.int64), np.zeros(len(total), dtype=bool)
+    row[rank[best]] = tasks["q0"][best]
+    good[rank[best]] = off[best] <= total[rank[best]] / 4
+    return row, good
+
+
+def _cut_heads(tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper half of each task's heads."""
+    lower, upper = tasks.copy(), tasks.copy()
+    lower["h1"] = upper["h0"] = (tasks["h0"] + tasks["h1"]) // 2
+    upper["head"] += upper["h0"] - tasks["h0"]
+    return lower, upper
 
 
 def cut_rows(tasks: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

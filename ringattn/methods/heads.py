@@ -16,7 +16,9 @@ summed on the way home. Slices may be uneven; where a slice's query heads do not
 key heads, it gets one copy of the key head per query head.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +28,7 @@ from ringattn.errors import UserError
 from ringattn.layout import Layout, join
 from ringattn.methods.common import Problem, finish, halve, moves_of
 from ringattn.methods.head_groups import QUERY_SIDE, Generator, per_head_group
+from ringattn.methods.overlap import overlapped
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire
 from ringattn.tiles import SEGMENT
 
@@ -129,6 +132,7 @@ def compose(
     heads_first: bool = True,
     ranges: np.ndarray | None = None,
     private: np.ndarray | None = None,
+    overlap: bool = False,
 ) -> Schedule:
     """Plans one direction: pool tokens and split heads, run `inner`, go home.
 
@@ -142,6 +146,7 @@ def compose(
         heads_first: the members of a head group are consecutive ranks.
         ranges: the part of the layout that is pooled; all of it by default.
         private: tasks on home slots beside it; they hide the way there and back.
+        overlap: heads that start later come a step later, and those done earlier go a step earlier.
     """
     check_degree(problem, degree)
     inner = per_head_group(inner)
@@ -149,11 +154,11 @@ def compose(
         return replace(inner(problem), key=f"{method}:{problem.mask.key}:{problem.layout.key}")
     shapes = problem.shapes
     grid = Grid(degree, problem.world // degree, heads_first)
-    pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
+    part = "all" if ranges is None else hashlib.sha256(ranges.tobytes()).hexdigest()
+    name = f"pooled {degree} {heads_first} {part}"
+    posed, rows = problem.once(name, lambda: _posed(problem, grid, ranges))
     slices = head_slices(shapes.q_heads, shapes.kv_heads, degree, _head_work(problem))
-    per_node = problem.ranks_per_node // degree if heads_first else problem.ranks_per_node
-    posed = replace(problem, layout=pooled, ranks_per_node=min(max(per_node, 1), grid.groups))
-    cores = _cores(posed, inner, slices)
+    cores = _cores(problem, posed, inner, slices)
     tasks = [_tasks(core, grid, u, s) for u, (core, s) in enumerate(zip(cores, slices))]
     moves = [_moves(problem, core, grid, u) for u, core in enumerate(cores)]
     last = max(core.nsteps for core in cores) + 1
@@ -171,24 +176,37 @@ def compose(
             moves.append(_collect(problem, grid, rows, u, part, channel, last))
     if private is not None:
         tasks.append(halve(private, last))
+    task_table, move_table = np.concatenate(tasks), np.concatenate(moves)
+    if overlap:
+        move_table = overlapped(task_table, move_table, last, problem.world, shapes.q_heads)
     counts = np.array([[part.count(channel) for channel in Channel] for part in slices])
     slot_heads = counts[grid.member(np.arange(problem.world))]
-    return finish(
-        problem, direction, method, np.concatenate(tasks), np.concatenate(moves), slot_heads, saved
-    )
+    return finish(problem, direction, method, task_table, move_table, slot_heads, saved)
 
 
-def _cores(posed: Problem, inner: Generator, slices: list[Slice]) -> list[Schedule]:
+def _cores(
+    problem: Problem, posed: Problem, inner: Generator, slices: list[Slice]
+) -> list[Schedule]:
     """The inner plan of each slice; slices with equal heads and masks share one."""
-    made: dict[tuple[str, int, int], Schedule] = {}
+    made: dict[str, Schedule] = {}
     cores = []
     for part in slices:
-        own = posed.for_heads(part.q0, part.q1, len(part.kv))
-        key = (own.mask.key, own.shapes.q_heads, own.shapes.kv_heads)
-        if key not in made:
-            made[key] = inner(own)
-        cores.append(made[key])
+        q0, q1, kv_heads = part.q0, part.q1, len(part.kv)
+        # All heads are alike under one mask: which ones they are does not matter.
+        name = f"{q1 - q0} {kv_heads}" if posed.mask.is_uniform else f"{q0} {q1} {kv_heads}"
+        if name not in made:
+            own = posed.once(f"heads {name}", partial(posed.for_heads, q0, q1, kv_heads))
+            made[name] = inner(own.with_options(problem.options, problem.wire))
+        cores.append(made[name])
     return cores
+
+
+def _posed(problem: Problem, grid: Grid, ranges: np.ndarray | None) -> tuple[Problem, np.ndarray]:
+    """The problem over head groups, and each range's first row in its group's pooled shard."""
+    pooled, rows = _pool(problem.layout, grid, problem.layout.ranges if ranges is None else ranges)
+    degree = grid.degree if grid.heads_first else 1
+    per_node = max(problem.ranks_per_node // degree, 1)
+    return replace(problem, layout=pooled, ranks_per_node=min(per_node, grid.groups)), rows
 
 
 def _pool(layout: Layout, grid: Grid, ranges: np.ndarray) -> tuple[Layout, np.ndarray]:

@@ -121,7 +121,7 @@ NODE_LAYOUTS: dict[str, Callable[[Mask, int, int], Layout]] = {
     "hybrid": layouts.hybrid,
 }
 
-METHOD_NAMES = [*METHODS, "direct:3"]
+METHOD_NAMES = [*METHODS, "direct:3", "direct:1:join=1"]
 KERNELS = [
     "cpu_flash", "cpu_flash+sinks", "matmul", "matmul+sinks", "matmul+softcap", "matmul+dims",
 ]  # fmt: skip
@@ -271,7 +271,6 @@ def problem(
     mask: Mask, layout: Layout, *, group: int = 1, method: str = "ring", **changes: Any
 ) -> Problem:
     """A planning problem with 4 query heads of dim 8 in bfloat16."""
-    stages = method.partition(":")[2]
     shapes = Shapes(
         q_heads=HEADS,
         kv_heads=HEADS // group,
@@ -285,7 +284,7 @@ def problem(
         "layout": layout,
         "shapes": shapes,
         "ranks_per_node": 2,
-        "options": {"stages": int(stages)} if stages else {},
+        "options": options_of(method),
     }
     return Problem(**(settings | changes))
 

@@ -234,7 +234,8 @@ class Routes:
                 "sslot": here.place[2], "s0": part.first + here.shift,
                 "dslot": there.place[2], "d0": part.first + there.shift, "rows": part.rows,
                 "sh": part.src_head, "dh": part.dst_head, "nheads": part.heads,
-                "skip": 0, "op": op, "take": take, "dtype": Wire(int(self.rng.integers(2))), "lane": 0,
+                "op": op, "take": take, "dtype": Wire(int(self.rng.integers(2))),
+                "skip": 0, "lane": 0,
             }  # fmt: skip
             self._moves.append(tuple(int(values[name]) for name in MOVE.names or ()))
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, Mask, UserError, layouts, masks
+from ringattn.balance import Work
 from ringattn.choice import imbalance
 from ringattn.sharding import join_shards, take_shard
 from tests.core.cases import LAYOUTS
@@ -142,6 +143,50 @@ def test_zigzag_balances_causal_exactly() -> None:
     assert imbalance(masks.causal(64), layouts.zigzag(64, 4)) == 1.0
 
 
+MIXED = masks.documents([9000, 300, 1200, 50, 7000, 80, 5000, 600, 9000, 538], causal=True)
+
+
+@pytest.mark.parametrize("name", ["node_balanced", "hybrid"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize(
+    "mask",
+    [masks.causal(1 << 15), MIXED, masks.causal_blockwise([8000, 300, 4000, 20_468])],
+    ids=lambda mask: mask.name,
+)
+def test_teams_are_balanced_with_equal_tokens(name: str, group: int, mask: Mask) -> None:
+    layout = layouts.by_name(name, mask, 16, 4, group=group)
+    _check(layout)
+    assert layout.sizes.max() - layout.sizes.min() <= 1
+    order = np.argsort(layout.ranges["start"])
+    ranges = layout.ranges[order]
+    work = Work(mask).load(ranges["start"], ranges["stop"])
+    load = np.bincount(ranges["owner"] // group, weights=work, minlength=16 // group)
+    assert load.max() <= 1.1 * load.mean()
+
+
+def test_unequal_tokens_balance_what_equal_ones_cannot() -> None:
+    # Nearly all work is in the first document, whose queries all cost the same.
+    mask = masks.documents([4000, *[8] * 1500], causal=False)
+    for limit in (1.0, 1.05, 1.25):
+        layout = layouts.node_balanced(mask, 8, 2, group=1, chunk=2000, max_imbalance=limit)
+        _check(layout)
+        assert layout.sizes.max() <= limit * mask.seq_len / 8 + 1
+    causal = masks.causal(1 << 14)
+    strict, loose = (
+        imbalance(causal, layouts.node_balanced(causal, 4, 2, chunk=4096, group=1, max_imbalance=m))
+        for m in (1.0, 1.3)
+    )
+    assert loose <= strict
+
+
+def test_short_documents_stay_whole() -> None:
+    layout = layouts.hybrid(MIXED, 8, 4)
+    for band in MIXED.bands:
+        if band["q1"] - band["q0"] <= 700:
+            inside = (layout.ranges["start"] < band["q1"]) & (band["q0"] < layout.ranges["stop"])
+            assert len(set(layout.ranges["owner"][inside].tolist())) == 1
+
+
 def test_area_greedy_cuts_long_sequences_at_multiples_of_128() -> None:
     ranges = layouts.area_greedy(masks.causal(1 << 16), 4).ranges
     assert (ranges["start"] % 128 == 0).all()
@@ -190,6 +235,10 @@ def test_shards_and_the_whole(name: str, dim: int) -> None:
         (lambda: layouts.contiguous(8, 2, [8]), "2 non-negative"),
         (lambda: layouts.striped(8, 2, 0), ">= 1"),
         (lambda: layouts.area_greedy(masks.causal(8), 2, 0), ">= 1"),
+        (lambda: layouts.node_balanced(masks.causal(8), 4, 4, 0), ">= 1"),
+        (lambda: layouts.node_balanced(masks.causal(8), 4, 4, group=3), "divide the 4 ranks"),
+        (lambda: layouts.hybrid(masks.causal(8), 4, 4, max_imbalance=0.9), "1.0 to 2.0"),
+        (lambda: layouts.by_name("zigzag", masks.causal(8), 2, chunk=4), "has none"),
         (lambda: layouts.by_name("zigzagg", masks.causal(8), 2), "zigzag"),
     ],
 )

@@ -182,6 +182,64 @@ def test_half_of_the_local_work_waits_for_the_last_step() -> None:
                 assert 0.25 <= late / mine["area"].sum() <= 0.75, (mask, method, rank)
 
 
+def test_both_halves_write_results_of_their_own() -> None:
+    """Other rows, or other heads: nothing has to be merged."""
+    for mask, layout in (
+        (masks.full(64), layouts.contiguous(64, 4)),
+        (masks.documents([5] * 8 + [24], causal=False), layouts.contiguous(64, 2)),
+    ):
+        tasks = _build("direct", "backward", mask, layout).tasks
+        home = tasks[tasks["kslot"] == 0]
+        for rank in range(layout.world):
+            mine = home[home["rank"] == rank]
+            early, late = (mine[mine["step"] == s] for s in (0, mine["step"].max()))
+            for a in early:
+                rows = (a["q0"] < late["q1"]) & (late["q0"] < a["q1"])
+                assert not (rows & (a["h0"] < late["h1"]) & (late["h0"] < a["h1"])).any()
+
+
+def test_a_joined_forward_computes_each_query_in_one_launch() -> None:
+    mask, layout = masks.sliding_window(64, 5, 0), layouts.contiguous(64, 4)
+    plain, joined = (_build(m, "forward", mask, layout) for m in ("direct:1", "direct:1:join=1"))
+    for schedule, launches in ((plain, 2), (joined, 1)):
+        for row in range(4):  # the first queries of rank 1 have remote keys
+            tasks = schedule.tasks[schedule.tasks["rank"] == 1]
+            mine = tasks[(tasks["q0"] <= row) & (row < tasks["q1"])]
+            assert len(np.unique(mine["kslot"])) == launches
+    copies = joined.moves["src"] == joined.moves["dst"]
+    assert copies.any()
+    assert [joined.bytes(rank) for rank in range(4)] == [plain.bytes(rank) for rank in range(4)]
+    assert _build("direct:1:join=1", "backward", mask, layout).digest == (
+        _build("direct:1", "backward", mask, layout).digest
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_hybrid_brings_half_of_the_heads_later_and_home_earlier(direction: Direction) -> None:
+    mask, layout = masks.full(64), layouts.contiguous(64, 4)
+    schedule = _build("hybrid", direction, mask, layout, group=2)
+    verify_schedule(schedule, mask, layout)
+    moves, last = schedule.moves, schedule.nsteps - 1
+    queries = moves[(moves["channel"] == Channel.Q) & (moves["dslot"] == 1)]
+    assert set(queries["post"].tolist()) == {0, 1}
+    result = Channel.O if direction == "forward" else Channel.DQ
+    results = moves[(moves["channel"] == result) & (moves["dslot"] == 0)]
+    assert set(results["post"].tolist()) == {last - 1, last}
+
+
+@pytest.mark.parametrize("slack", [1, 10, 100])
+def test_hybrid_keeps_private_work_even(slack: int) -> None:
+    """No rank computes more at home than its head group's mean and the slack."""
+    mask = masks.documents([8, 8, 4, 4, 4, 4, 2, 2, 2, 2, 12, 12], causal=True)
+    layout = layouts.hybrid(mask, 4, 2)
+    schedule = _build("hybrid", "forward", mask, layout, options={"slack": slack})
+    verify_schedule(schedule, mask, layout)
+    home = schedule.tasks[schedule.tasks["qslot"] == 0]
+    load = np.bincount(home["rank"], weights=home["area"], minlength=4).reshape(2, 2)
+    excess = (load - load.mean(axis=1, keepdims=True)).max()
+    assert excess <= slack / 100 * mask.area / 4
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3, 8])
 def test_direct_cuts_what_a_rank_receives_into_that_many_stages(stages: int) -> None:
     mask, layout = masks.full(64), layouts.contiguous(64, 4)

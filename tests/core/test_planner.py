@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn import UserError, masks, planner
+from ringattn import UserError, masks
+from ringattn.benchmarks.method_sweep import sweep
 from ringattn.candidates import AUTO_METHODS, candidates
 from ringattn.cost import load_cluster, peak_bytes, price_pair
+from ringattn.least_time import least_seconds
 from ringattn.masks import Mask
 from ringattn.methods import METHODS
+from ringattn.schedule import Wire
 from ringattn.timeline import MOST_RANKS, chrome_trace, draw_timeline, shown_ranks
 
 TOKENS = 1 << 15
@@ -47,10 +50,10 @@ def test_bounds_never_change_the_choice(name: str) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_no_bound_exceeds_the_price(name: str) -> None:
     mask, cp = MASKS[name](), context()
-    terms = planner.Terms(cluster=load_cluster("h100_sxm"))
+    cluster = load_cluster("h100_sxm")
     for quote in cp.compare(mask, exhaustive=True).quotes:
         problem = cp._problem(mask, quote.layout)
-        floor = planner._floor(quote.candidate, problem, terms)
+        floor = least_seconds(quote.candidate, problem, cluster, None)
         for least, priced in zip(floor, quote.priced, strict=True):
             assert least <= priced.seconds, quote.candidate
 
@@ -122,6 +125,64 @@ def test_what_is_given_is_kept() -> None:
     assert context(layout=striped).plan(mask).layout is striped
     staged = context(method="direct", options={"stages": 3}).compare(mask, exhaustive=True)
     assert all(dict(q.candidate.options) == {"stages": 3} for q in staged.quotes)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_auto_is_within_three_per_cent_of_an_exhaustive_sweep(name: str) -> None:
+    """Every layout in several chunks and groups, every method, degree and number of stages."""
+    mask = MASKS[name]()
+    cp = context(8, ranks_per_node=4)
+    found = sweep(mask, cp.shapes, 8, load_cluster("h100_sxm"), 4)
+    assert len(found) > 150
+    assert cp.compare(mask).best.seconds <= 1.03 * found[0][0], found[0]
+
+
+def test_open_settings_of_a_method_are_chosen_by_price() -> None:
+    mask = MASKS["documents"]()
+    cp = context(method="hybrid", layout="node_balanced")
+    best, quotes = cp.compare(mask).best, cp.compare(mask, exhaustive=True).quotes
+    assert len({q.candidate.u for q in quotes}) > 1
+    assert len({dict(q.candidate.options)["stages"] for q in quotes}) > 1
+    assert best.seconds == min(q.seconds for q in quotes)
+    assert cp.plan(mask).digest == cp.plan(mask).digest
+    assert cp.plan(mask).forward.digest == best.schedules[0].digest
+    given = context(method="hybrid", layout="node_balanced", options={"u": 2})
+    assert {q.candidate.u for q in given.compare(mask, exhaustive=True).quotes} == {2}
+
+
+def test_wire_dtypes_are_weighed_on_request() -> None:
+    mask = MASKS["causal"]()
+    both = context(wire_dtype="auto", method="ring").compare(mask, exhaustive=True)
+    assert {q.candidate.wire for q in both.quotes} == set(Wire)
+    for wire, dtype in ((Wire.ACCUMULATOR, None), (Wire.INPUT, torch.bfloat16)):
+        one = context(wire_dtype=dtype, method="ring").compare(mask).best
+        assert one.seconds == min(q.seconds for q in both.quotes if q.candidate.wire == wire)
+    with pytest.raises(UserError, match="needs a cluster"):
+        context(cluster=None, wire_dtype="auto")
+
+
+def test_refinement_never_slows_a_plan() -> None:
+    mask = MASKS["blockwise"]()
+    plain, refined = context().compare(mask).best, context(refine=6).compare(mask).best
+    assert refined.seconds <= plain.seconds
+    assert (refined.layout.sizes == plain.layout.sizes).all()
+    if refined.seconds < plain.seconds:
+        assert refined.candidate.layout == "refined"
+    ra.verify(context(refine=3).plan(masks.causal_blockwise([300, 20, 200, 504])))
+
+
+def test_layout_options_are_kept_to() -> None:
+    mask = MASKS["blockwise"]()
+    cp = context(layout="node_balanced", layout_options={"group": 2, "max_imbalance": 1.1})
+    assert {q.candidate.layout_options for q in cp.compare(mask).quotes} == {
+        (("group", 2), ("max_imbalance", 1.1))
+    }
+    assert cp.plan(mask).layout.sizes.max() <= 1.1 * TOKENS / 16 + 1
+    without = context(cluster=None, layout="area_greedy", layout_options={"chunk": 256})
+    assert without.plan(mask).layout.key == ra.layouts.area_greedy(mask, 16, 256).key
+    for bad in ({"layout": "zigzag"}, {"layout": "auto"}, {"layout": "hybrid", "value": "x"}):
+        with pytest.raises(UserError, match="layout_options"):
+            context(layout=bad["layout"], layout_options={"chunk": bad.get("value", 4)})
 
 
 def test_faster_links_change_the_choice_and_never_slow_it() -> None:
