@@ -1,4 +1,4 @@
-"""Gloo ranks that prepare, check and time contenders on request, one thread each.
+"""Gloo ranks that prepare, check and time contenders on request.
 
 `RankPool` starts the processes and asks them; a rank that raises, dies or is silent ends the
 request with one `PoolError`, after which the pool is gone.
@@ -37,26 +37,26 @@ class PoolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checked:
-    """A rank's first counted run: its rows' positions and results, and what it cost in bytes."""
+    """A rank's first run: its rows' positions and results, and what its contender says of it."""
 
     positions: np.ndarray
     results: tuple[np.ndarray, ...]
     note: str
-    sent: int
-    planned: int | None
+    planned_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A rank's timed run: CPU seconds of all its threads, and wall seconds."""
+    """A rank's timed run: CPU seconds of all its threads, wall seconds, bytes sent to others."""
 
     cpu_s: float
     wall_s: float
+    sent_bytes: int
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Builds a contender's share of a problem, runs it twice, the second time under the count."""
+    """Builds a contender's share of a problem and runs it once; answered by `Checked`."""
 
     contender: Contender
     case: MaskCase
@@ -65,7 +65,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Time:
-    """Runs what was prepared under a contender's name once."""
+    """Runs what was prepared under a contender's name once; answered by `Timed`."""
 
     name: str
 
@@ -79,9 +79,9 @@ Request = Prepare | Time | Forget
 
 
 class RankPool:
-    """`world` gloo processes of one thread each that serve requests. Use as a context manager."""
+    """`world` gloo processes that serve requests, with `threads` each. Use as a context manager."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, threads: int = 1) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -94,7 +94,7 @@ class RankPool:
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, self._store.port, there), daemon=True
+                target=_serve, args=(rank, world, threads, self._store.port, there), daemon=True
             )
             process.start()
             there.close()
@@ -149,8 +149,8 @@ def _unpack(rank: int, answer: tuple[bool, Any]) -> Any:
     return payload
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
+def _serve(rank: int, world: int, threads: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
     _exit_with_parent()
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
     dist.init_process_group(
@@ -174,22 +174,22 @@ def _answer(request: Request, rank: int, world: int, prepared: dict[str, Prepare
         gc.collect()
         return None
     if isinstance(request, Time):
-        return _time(prepared[request.name])
+        return _time(prepared[request.name], rank, world)
     made = request.contender.prepare(request.case, request.shape, rank, world)
     prepared[request.contender.name] = made
-    made.run()  # opens connections, compares plans and fills caches, which no later run does
-    with counted_wire(rank, world) as wire:
-        results = made.run()
-    arrays = tuple(x.numpy() for x in results)
-    return Checked(made.positions, arrays, made.note, wire.sent, made.planned_bytes)
+    # This run also opens connections, compares plans and fills caches, which no later one does.
+    results = tuple(x.numpy() for x in made.run())
+    return Checked(made.positions, results, made.note, made.planned_bytes)
 
 
-def _time(prepared: Prepared) -> Timed:
+def _time(prepared: Prepared, rank: int, world: int) -> Timed:
     gc.collect()
     dist.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    prepared.run()
-    return Timed(time.process_time() - cpu, time.perf_counter() - wall)
+    with counted_wire(rank, world) as wire:
+        wall, cpu = time.perf_counter(), time.process_time()
+        prepared.run()
+        seconds = time.process_time() - cpu, time.perf_counter() - wall
+    return Timed(*seconds, wire.sent)
 
 
 def assemble(parts: Sequence[Checked], seq_len: int) -> list[torch.Tensor]:
