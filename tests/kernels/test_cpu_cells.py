@@ -110,3 +110,12 @@ def test_only_the_first_call_on_a_row_is_marked_first() -> None:
     first = {(call.h0, call.q0): call.first for call in build_calls(tiles, CUTS["rows"])}
     assert sorted(first.values()) == [False, True, True]
     assert first[2, 0]
+
+
+def test_a_tight_full_band_stays_whole() -> None:
+    """Bounds that just reach both corners cut nothing; nor does the causal one's lower bound."""
+    full = (0, 1, 10, 310, 10, 310, -299, 299, 1)
+    tight, loose = ((0, 1, 0, 300, 0, 300, lo, 0, 1) for lo in (-299, -OPEN))
+    for cut in CUTS.values():
+        assert len(build_calls(tile_table(full), cut)) == 1
+        assert build_calls(tile_table(tight), cut) == build_calls(tile_table(loose), cut)
