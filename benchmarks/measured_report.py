@@ -38,8 +38,8 @@ def table(records: Iterable[Record]) -> str:
 
 
 _HEADER = (
-    "| mask | contender | CPU s, all ranks | ringattn / it | wall s | MB sent per rank, mean (most) "
-    "| worst error | bar | how |\n|---|---|---|---|---|---|---|---|---|"
+    "| mask | contender | CPU s, all ranks | ringattn / it | wall s "
+    "| MB sent per rank, mean (most) | worst error | bar | how |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 

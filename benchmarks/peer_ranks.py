@@ -153,9 +153,7 @@ def _serve(rank: int, world: int, threads: int, port: int, pipe: Connection) -> 
     torch.set_num_threads(threads)
     _exit_with_parent()
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     prepared: dict[str, Prepared] = {}
     while True:
         try:

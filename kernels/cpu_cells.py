@@ -80,8 +80,8 @@ def key_strip_cells(tile: LatticeTile, strip: int, *, causal: bool) -> Iterator[
 
 def _cells(tile: LatticeTile, cut: _Cut) -> Iterator[Cell]:
     """The rows are cut where an edge of the band meets the side of the key range: between such rows
-    the left edge is the side or a diagonal, and so is the right edge. In the row where they meet the
-    edge is both; a band that has only that row of a diagonal has none.
+    the left edge is the side or a diagonal, and so is the right edge. In the row where they meet,
+    the edge is both; a band that has only that row of a diagonal has none.
     """
     band = _Band(0, tile.keys, tile.lo, tile.hi)
     start, stop = max(0, -tile.hi), min(tile.rows, tile.keys - tile.lo)

@@ -7,8 +7,8 @@ additive masks, overwrites its result and recomputes delta from `out`. Around it
 - 16-bit inputs run forward in float32: the op is as fast there, and partial results are not
   rounded before they are merged.
 - The backward op runs in bfloat16 for bfloat16 inputs, in the accumulator dtype for others. Smaller
-  bfloat16 calls are batched products (`cpu_products`), and its tiny tiles the matmul kernel's, whose
-  cost per tile is lowest.
+  bfloat16 calls are batched products (`cpu_products`), and tiny bfloat16 tiles the matmul
+  kernel's, whose cost per tile is lowest.
 - The backward op is given an `out` made so that rowsum(dout * out) is the global delta.
 """
 
@@ -41,8 +41,8 @@ BACKWARD_STRIP, BACKWARD_STRIP_BF16 = 96, 192
 products lose more on thin strips than the op does."""
 
 SMALL_SCORES, BATCH = 1 << 13, 4
-"""The bfloat16 backward of a tile of no more scores goes to the matmul kernel, unless this many equal
-ones share a diagonal and so may become one call."""
+"""The bfloat16 backward of a tile of no more scores goes to the matmul kernel, unless this many
+equal ones share a diagonal and so may become one call."""
 
 _small_kernel = MatmulKernel()
 

@@ -72,13 +72,16 @@ def _first(start: int, low: int, step: int) -> int:
 def mask_case(name: str, seq_len: int) -> MaskCase:
     """The case of a name at a length. Documents follow the length histogram of a published
     benchmark (cut at S/4; the median pack by area); the short ones its bins up to `SHORT`.
-    The shared question is the longest document. Sequences shorter than four windows get a window of S/4.
+    The shared question is the longest document. Sequences shorter than four windows get a window
+    of S/4.
     """
     lengths: tuple[int, ...] = ()
     if name == "short_documents":
         lengths = _short_lengths(seq_len)
     elif name not in ("causal", "window"):
         lengths = tuple(int(n) for n in typical_packs(seq_len)[1])
+        rest = seq_len - sum(lengths)  # very short packs may end early
+        lengths += (rest,) * (rest > 0)
     if name == "shared_question":
         longest = lengths.index(max(lengths))
         lengths = (lengths[longest], *lengths[:longest], *lengths[longest + 1 :])

@@ -41,15 +41,11 @@ class RingCall:
 
 @dataclass(frozen=True)
 class Ring:
-    """A rank's place in the ring and its calls step by step; at step s the keys of rank - s visit."""
+    """A rank's place in the ring and its calls; at step s the keys of rank - s visit."""
 
     rank: int
     world: int
     steps: tuple[tuple[RingCall, ...], ...]
-
-    @property
-    def scale(self) -> None:
-        """The operator's own default, 1 / sqrt(D)."""
 
     def pass_on(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
         """Starts sending a tensor to the next rank; (what arrives from the previous one, works)."""

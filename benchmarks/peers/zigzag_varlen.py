@@ -65,9 +65,7 @@ class ZigzagVarlen:
         for share in shares[rank]:
             positions[share.rows] = share.positions
         note = "one call per document"
-        return prepare_ring(
-            Ring(rank, world, steps), positions, shape.inputs(case.seq_len), note
-        )
+        return prepare_ring(Ring(rank, world, steps), positions, shape.inputs(case.seq_len), note)
 
 
 def padded_rows(lengths: tuple[int, ...], world: int) -> int:

@@ -112,10 +112,12 @@ def test_only_the_first_call_on_a_row_is_marked_first() -> None:
     assert first[2, 0]
 
 
-def test_a_tight_full_band_stays_whole() -> None:
-    """Bounds that just reach both corners cut nothing; nor does the causal one's lower bound."""
-    full = (0, 1, 10, 310, 10, 310, -299, 299, 1)
-    tight, loose = ((0, 1, 0, 300, 0, 300, lo, 0, 1) for lo in (-299, -OPEN))
-    for cut in CUTS.values():
-        assert len(build_calls(tile_table(full), cut)) == 1
-        assert build_calls(tile_table(tight), cut) == build_calls(tile_table(loose), cut)
+@pytest.mark.parametrize("cut", CUTS)
+def test_bounds_that_exclude_nothing_cut_nothing(cut: str) -> None:
+    """Tight bounds of a full band reach both corners; of a causal one, the lower left corner."""
+    for tight, loose in (((-299, 299), (-OPEN, OPEN)), ((-299, 0), (-OPEN, 0))):
+        calls = [
+            build_calls(tile_table((0, 1, 10, 310, 10, 310, *bounds, 1)), CUTS[cut])
+            for bounds in (tight, loose)
+        ]
+        assert calls[0] == calls[1]
