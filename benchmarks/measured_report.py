@@ -37,10 +37,18 @@ def table(records: Iterable[Record]) -> str:
     return "\n".join(parts)
 
 
-_HEADER = (
-    "| mask | contender | CPU s, all ranks | ringattn / it | wall s "
-    "| MB sent per rank, mean (most) | worst error | bar | how |\n|---|---|---|---|---|---|---|---|---|"
+_COLUMNS = (
+    "mask",
+    "contender",
+    "CPU s, all ranks",
+    "ringattn / it",
+    "wall s",
+    "MB sent per rank, mean (most)",
+    "worst error",
+    "bar",
+    "how",
 )
+_HEADER = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
 
 def _line(row: Record, ours: Record | None) -> str:
