@@ -80,12 +80,15 @@ def key_strip_cells(tile: LatticeTile, strip: int, *, causal: bool) -> Iterator[
 
 def _cells(tile: LatticeTile, cut: _Cut) -> Iterator[Cell]:
     """The rows are cut where an edge of the band meets the side of the key range: between such rows
-    the left edge is the side or a diagonal, and so is the right edge.
+    the left edge is the side or a diagonal, and so is the right edge. In the row where they meet,
+    the edge is both; a band that has only that row of a diagonal has none.
     """
     band = _Band(0, tile.keys, tile.lo, tile.hi)
     start, stop = max(0, -tile.hi), min(tile.rows, tile.keys - tile.lo)
     left_turn = min(max(-tile.lo, start), stop)  # from this row on, the left edge is a diagonal
     right_turn = min(max(tile.keys - tile.hi, start), stop)  # and the right edge the side
+    left_turn = stop if left_turn == stop - 1 else left_turn
+    right_turn = start if right_turn == start + 1 else right_turn
     for a0, a1 in pairwise(sorted({start, left_turn, right_turn, stop})):
         diagonal_left, diagonal_right = a0 >= left_turn, a1 <= right_turn
         if diagonal_left and diagonal_right:

@@ -6,8 +6,8 @@ additive masks, overwrites its result and recomputes delta from `out`. Around it
 - `build_calls` cuts bands into rectangles and masked strips, equal ones batched as views.
 - 16-bit inputs run forward in float32: the op is as fast there, and partial results are not
   rounded before they are merged.
-- The backward op runs in bfloat16 for bfloat16 inputs, in the accumulator dtype for others, and on
-  large calls only. Smaller ones are batched products (`cpu_products`), and tiny tiles the matmul
+- The backward op runs in bfloat16 for bfloat16 inputs, in the accumulator dtype for others. Smaller
+  bfloat16 calls are batched products (`cpu_products`), and tiny bfloat16 tiles the matmul
   kernel's, whose cost per tile is lowest.
 - The backward op is given an `out` made so that rowsum(dout * out) is the global delta.
 """
@@ -34,14 +34,15 @@ CAST_BYTES = 24 << 20
 """Float32 copies of 16-bit operands held at once. Larger blocks come from the system untouched at
 every launch, and their page faults cost more than the casts; so heads are taken a few at a time."""
 
-FORWARD_STRIP = 192
-"""From here on the op splits query rows by 64 instead of 32."""
-BACKWARD_STRIP = 192
-"""Strips of keys: dk and dv of a strip are added once; only dq is added to piecewise."""
+FORWARD_STRIP = 64
+"""Thin strips waste few masked keys, and the forward op loses little on them."""
+BACKWARD_STRIP, BACKWARD_STRIP_BF16 = 96, 192
+"""Strips of keys: dk and dv of a strip are added once; only dq is added to piecewise. bfloat16's
+products lose more on thin strips than the op does."""
 
 SMALL_SCORES, BATCH = 1 << 13, 4
-"""The backward of a tile of no more scores goes to the matmul kernel, unless this many equal ones
-share a diagonal and so may become one call."""
+"""The bfloat16 backward of a tile of no more scores goes to the matmul kernel, unless this many
+equal ones share a diagonal and so may become one call."""
 
 _small_kernel = MatmulKernel()
 
@@ -56,10 +57,10 @@ class PreparedCalls(NamedTuple):
     forward: tuple[Call, ...]
     backward: tuple[Call, ...]
     backward_bf16: tuple[Call, ...]
-    backward_small: PreparedTiles
-    """Tiles whose backward is `MatmulKernel`'s; the other two backward lists leave them out."""
+    backward_small_bf16: PreparedTiles
+    """Tiles whose bfloat16 backward is `MatmulKernel`'s; `backward_bf16` leaves them out."""
     blocks: PreparedTiles
-    """Block tiles; their forward is `MatmulKernel`'s too."""
+    """Block tiles; `MatmulKernel` computes them in both directions."""
 
 
 class CpuFlashKernel:
@@ -89,8 +90,8 @@ class CpuFlashKernel:
         large = tiles[~small]
         return PreparedCalls(
             build_calls(tiles, partial(row_strip_cells, strip=FORWARD_STRIP)),
-            build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=False)),
-            build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=True)),
+            build_calls(tiles, partial(key_strip_cells, strip=BACKWARD_STRIP, causal=False)),
+            build_calls(large, partial(key_strip_cells, strip=BACKWARD_STRIP_BF16, causal=True)),
             _small_kernel.prepare(tiles[small], device),
             _small_kernel.prepare(tiles[:0], device, blocks),
         )
@@ -146,14 +147,16 @@ class CpuFlashKernel:
         if q.shape[0] == 0:
             return
         options = {"scale": scale, "softcap": softcap, "selection": selection}
-        for tiles in (prepared.blocks, prepared.backward_small):
+        calls, small = prepared.backward, (prepared.blocks,)
+        if q.dtype == torch.bfloat16:
+            calls, small = prepared.backward_bf16, (prepared.blocks, prepared.backward_small_bf16)
+        for tiles in small:
             _small_kernel.backward(dout, q, k, v, lse, delta, tiles, dq, dk, dv, **options)
-        if not prepared.backward:
+        if not calls:
             return
         wide = accumulator_dtype(q.dtype)
         copies = 2 * (q.shape[1] * (q.shape[2] // k.shape[2]) + k.shape[1]) * wide.itemsize
         lse = lse.masked_fill(lse == NO_KEY, float("inf"))  # a row without keys: exp(x - inf) = 0
-        calls = prepared.backward_bf16 if q.dtype == torch.bfloat16 else prepared.backward
         for heads, key_heads in _windows(q, k, copies):
             add_window_gradients(
                 [call.window(heads) for call in calls if call.touches(heads)],

@@ -110,3 +110,14 @@ def test_only_the_first_call_on_a_row_is_marked_first() -> None:
     first = {(call.h0, call.q0): call.first for call in build_calls(tiles, CUTS["rows"])}
     assert sorted(first.values()) == [False, True, True]
     assert first[2, 0]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_bounds_that_exclude_nothing_cut_nothing(cut: str) -> None:
+    """Tight bounds of a full band reach both corners; of a causal one, the lower left corner."""
+    for tight, loose in (((-299, 299), (-OPEN, OPEN)), ((-299, 0), (-OPEN, 0))):
+        calls = [
+            build_calls(tile_table((0, 1, 10, 310, 10, 310, *bounds, 1)), CUTS[cut])
+            for bounds in (tight, loose)
+        ]
+        assert calls[0] == calls[1]
