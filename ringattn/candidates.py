@@ -10,7 +10,6 @@ AUTO_METHODS = (
     "ring", "direct", "double_ring", "burst", "tile", "all_gather", "ulysses", "usp", "loongtrain",
     "hybrid",
 )  # fmt: skip
-BURST_RATIO = 2  # query heads per key head from which burst receives more than ring on any mask
 WIRES = (Wire.INPUT, Wire.ACCUMULATOR)
 Options = tuple[tuple[str, int], ...]
 LayoutOptions = tuple[tuple[str, int | float], ...]
@@ -65,7 +64,7 @@ def candidates(
         ways = open_settings.get(method) or [_entry(method)]
         names = (*RANK_LAYOUTS, *NODE_LAYOUTS) if layout == "auto" else (layout,)
         return [_candidate(name, entry, ranks_per_node) for name in names for entry in ways]
-    plain = _plain(shapes, world, ranks_per_node)
+    plain = _plain(world > ranks_per_node)
     most = [entry for entry in hybrids if _u(entry) == degrees[0]]
     less = [entry for entry in hybrids if entry not in most and ("stages", 2) in entry[1]]
     # Where whole nodes share heads, the double ring inside is a ring; where not, it is better.
@@ -105,15 +104,14 @@ def _candidate(layout: str, entry: tuple[str, Options], ranks_per_node: int) -> 
     )
 
 
-def _plain(shapes: Shapes, world: int, ranks_per_node: int) -> list[tuple[str, Options]]:
+def _plain(has_nodes: bool) -> list[tuple[str, Options]]:
     """Methods without head parallelism; direct in one stage, and in stages of a shard each."""
     found = [_entry("direct", stages=1, join=1), _entry("direct", stages=1), _entry("direct")]
     found.append(_entry("ring"))
-    if world > ranks_per_node:
+    if has_nodes:
         found.append(_entry("double_ring"))
-    if shapes.q_heads < BURST_RATIO * shapes.kv_heads:
-        found.append(_entry("burst"))
-    return [*found, _entry("tile"), _entry("all_gather")]
+    # Burst rotates queries in the backward: fewer bytes where few queries attend remote keys.
+    return [*found, _entry("burst"), _entry("tile"), _entry("all_gather")]
 
 
 def _degrees(shapes: Shapes, world: int, ranks_per_node: int) -> list[int]:
