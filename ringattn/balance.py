@@ -110,7 +110,7 @@ def equalize(teams: list[Team], work: Work, spare: int = 0) -> None:
     its equal share: then runs move without return.
     """
     extra = [spare] * len(teams)
-    for _ in range(4 * len(teams)):
+    for _ in range(16 + 2 * len(teams)):
         mean = sum(team.load for team in teams) / len(teams)
         order = sorted(range(len(teams)), key=lambda index: teams[index].load)
         if teams[order[-1]].load - mean <= CLOSE * mean:

@@ -10,7 +10,6 @@ AUTO_METHODS = (
     "ring", "direct", "double_ring", "burst", "tile", "all_gather", "ulysses", "usp", "loongtrain",
     "hybrid",
 )  # fmt: skip
-BURST_RATIO = 2  # query heads per key head from which burst receives more than ring on any mask
 WIRES = (Wire.INPUT, Wire.ACCUMULATOR)
 Options = tuple[tuple[str, int], ...]
 LayoutOptions = tuple[tuple[str, int | float], ...]
@@ -57,25 +56,26 @@ def candidates(
     """What is worth pricing. A layout or method other than "auto" is kept to; settings are open."""
     degrees = _degrees(shapes, world, ranks_per_node)
     hybrids = [_entry("hybrid", u=u, stages=stages) for u in degrees for stages in (2, 1)]
-    hybrids += [_entry("hybrid", u=u, stages=2, slack=30) for u in degrees[:1]]
+    uneven = [_entry("hybrid", u=u, stages=2, slack=30) for u in degrees[:1]]
     shared = {name: [_entry(name, u=u) for u in degrees] for name in ("usp", "loongtrain")}
     if method != "auto":
         direct = [_entry("direct", stages=1, join=1), _entry("direct", stages=1), _entry("direct")]
-        open_settings = {"hybrid": hybrids, "direct": direct, **shared}
+        open_settings = {"hybrid": hybrids + uneven, "direct": direct, **shared}
         ways = open_settings.get(method) or [_entry(method)]
         names = (*RANK_LAYOUTS, *NODE_LAYOUTS) if layout == "auto" else (layout,)
         return [_candidate(name, entry, ranks_per_node) for name in names for entry in ways]
-    plain = _plain(shapes, world, ranks_per_node)
+    plain = _plain(world > ranks_per_node)
     most = [entry for entry in hybrids if _u(entry) == degrees[0]]
     less = [entry for entry in hybrids if entry not in most and ("stages", 2) in entry[1]]
-    rings = [e for e in shared["usp"] if shapes.kv_heads % _u(e) == 0]
-    # Where heads are shared by whole nodes, the double ring inside is a ring.
-    rings += [e for e in shared["loongtrain"] if e not in rings and _u(e) < ranks_per_node]
+    # Where whole nodes share heads, the double ring inside is a ring; where not, it is better.
+    rings = [e for e in shared["usp"][:1] if shapes.kv_heads % _u(e) == 0]
+    rings += [e for e in shared["loongtrain"] if _u(e) < ranks_per_node][:1]
     whole = [_entry("ulysses", u=world)] if shapes.q_heads % world == 0 and world > 1 else []
     if layout != "auto":
-        pairs = [(layout, entry) for entry in (*plain, *most, *less, *rings, *whole)]
+        pairs = [(layout, entry) for entry in (*plain, *most, *uneven, *less, *rings, *whole)]
     else:
-        pairs = [(name, entry) for name in NODE_LAYOUTS for entry in (*most, *less)]
+        pairs = [("hybrid", entry) for entry in (*most, *uneven)]
+        pairs += [("node_balanced", entry) for entry in (*most, *less)]
         # Where few long ranges balance nodes, they do without scattered chunks.
         pairs += [(name, entry) for name in ("zigzag", "contiguous") for entry in most]
         pairs += [(name, entry) for name in ("node_balanced", "zigzag") for entry in rings]
@@ -104,15 +104,14 @@ def _candidate(layout: str, entry: tuple[str, Options], ranks_per_node: int) -> 
     )
 
 
-def _plain(shapes: Shapes, world: int, ranks_per_node: int) -> list[tuple[str, Options]]:
+def _plain(has_nodes: bool) -> list[tuple[str, Options]]:
     """Methods without head parallelism; direct in one stage, and in stages of a shard each."""
     found = [_entry("direct", stages=1, join=1), _entry("direct", stages=1), _entry("direct")]
     found.append(_entry("ring"))
-    if world > ranks_per_node:
+    if has_nodes:
         found.append(_entry("double_ring"))
-    if shapes.q_heads < BURST_RATIO * shapes.kv_heads:
-        found.append(_entry("burst"))
-    return [*found, _entry("tile"), _entry("all_gather")]
+    # Burst rotates queries in the backward: fewer bytes where few queries attend remote keys.
+    return [*found, _entry("burst"), _entry("tile"), _entry("all_gather")]
 
 
 def _degrees(shapes: Shapes, world: int, ranks_per_node: int) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn import layouts
+from ringattn import layouts, masks
 from ringattn.cost import (
     Cluster,
     Curve,
@@ -16,10 +16,11 @@ from ringattn.cost import (
     price,
     survey,
 )
-from ringattn.cost.kernel_time import rounded_area
+from ringattn.cost.kernel_time import load_of, rounded_area
 from ringattn.methods import METHODS
 from ringattn.methods.common import Problem
 from ringattn.schedule import MOVE, SLOT, TASK, Channel, Lane, Op, Schedule, Shapes, bands_of
+from tests.core.cases import problem
 
 SHAPES = Shapes(
     q_heads=4, kv_heads=2, qk_dim=8, v_dim=8, itemsize=2, accumulator_itemsize=4
@@ -197,3 +198,26 @@ def test_rounded_area_of_a_causal_square_is_its_block_triangle():
     assert rounded_area(bands_of(forward.tasks), 128, 128)[0] == pytest.approx(
         36 * 128 * 128, rel=0.02
     )
+
+
+def test_rows_and_heads_that_nobody_wrote_need_no_merge() -> None:
+    """A launch that writes other rows, or other heads, than earlier ones adds to nothing."""
+    mask, layout = masks.full(64), layouts.contiguous(64, 1)
+    schedule = METHODS["direct"].forward(problem(mask, layout))
+    (task,) = schedule.tasks
+    step = {"step": 1}
+    cuts = {
+        "rows": [{"q1": 32}, step | {"q0": 32}],
+        "heads": [{"h1": 2}, step | {"h0": 2}],
+        "keys": [{"k1": 32}, step | {"k0": 32}],
+    }
+    merged = {}
+    for name, parts in cuts.items():
+        tasks = np.array([task, task])
+        for row, part in zip(tasks, parts, strict=True):
+            for column, value in part.items():
+                row[column] = value
+        load = load_of(replace(schedule, tasks=tasks, nsteps=2), 16, 16)
+        merged[name] = load.merged.sum()
+    assert merged["rows"] == merged["heads"] == 0
+    assert merged["keys"] == 64 * schedule.shapes.q_heads * schedule.shapes.v_dim
