@@ -12,12 +12,13 @@ from ringattn.bands import expand_ranges
 from ringattn.schedule import Channel
 
 _POOLED = 1  # the slot that compose pools tokens in
+_RESULTS = (int(Channel.O), int(Channel.DQ))
 
 
 def overlapped(
     tasks: np.ndarray, moves: np.ndarray, last: int, world: int, heads: int
 ) -> np.ndarray:
-    """The moves of a composed plan with its way in and out spread over two steps each, by heads.
+    """A composed plan's moves (written to) with its way in and out over two steps each, by heads.
 
     tasks, moves: with the way in at step 0 and the way out at step `last`. heads: at least those of
     a slice.
@@ -26,9 +27,9 @@ def overlapped(
         return moves
     first, final = np.full((world, heads), last), np.zeros((world, heads), dtype=np.int64)
     for slot, table, pick in (("qslot", first, np.minimum), ("oslot", final, np.maximum)):
-        held = tasks[tasks[slot] == _POOLED]
-        key = (held["rank"] * heads + held["h0"]) * (heads + 1) + held["h1"]
-        key = np.unique(key * (last + 1) + held["step"])
+        held = np.flatnonzero(tasks[slot] == _POOLED)
+        key = (tasks["rank"][held] * heads + tasks["h0"][held]) * (heads + 1) + tasks["h1"][held]
+        key = np.unique(key * (last + 1) + tasks["step"][held])
         key, step = np.divmod(key, last + 1)
         key, h1 = np.divmod(key, heads + 1)
         rank, h0 = np.divmod(key, heads)
@@ -39,22 +40,27 @@ def overlapped(
     early = np.where((first <= 1).any(axis=1), early, 0)
     done = np.argmax(final >= last - 1, axis=1)
     done = np.where((final >= last - 1).any(axis=1), done, heads)
-    there = (moves["channel"] == Channel.Q) & (moves["post"] == 0) & (moves["dslot"] == _POOLED)
-    results = (moves["channel"] == Channel.O) | (moves["channel"] == Channel.DQ)
-    back = results & (moves["post"] == last) & (moves["sslot"] == _POOLED)
-    now, later = _cut(moves[there], early[moves["dst"][there]], "dh")
-    sooner, rest = _cut(moves[back], done[moves["src"][back]], "sh")
+    post, channel = moves["post"], moves["channel"]
+    first_step, last_step = np.flatnonzero(post == 0), np.flatnonzero(post == last)
+    keep = (channel[first_step] == Channel.Q) & (moves["dslot"][first_step] == _POOLED)
+    there = first_step[keep]
+    keep = np.isin(channel[last_step], _RESULTS) & (moves["sslot"][last_step] == _POOLED)
+    back = last_step[keep]
+    later = _cut(moves, there, early[moves["dst"][there]], "dh")
+    rest = _cut(moves, back, done[moves["src"][back]], "sh")
     later["post"] = later["land"] = 1
-    sooner["post"] = sooner["land"] = last - 1
-    return np.concatenate([moves[~there & ~back], now, later, sooner, rest])
+    moves["post"][back] = moves["land"][back] = last - 1
+    moves = np.concatenate([moves, later, rest])
+    empty = moves["nheads"] == 0
+    return moves[~empty] if empty.any() else moves
 
 
-def _cut(moves: np.ndarray, head: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each move's heads below `head` of the slice, and the others; empty parts drop out."""
-    below, above = moves.copy(), moves.copy()
-    count = np.clip(head - moves[side], 0, moves["nheads"])
-    below["nheads"] = count
+def _cut(moves: np.ndarray, index: np.ndarray, head: np.ndarray, side: str) -> np.ndarray:
+    """Leaves moves their heads below `head` of the slice, in place; returns moves of the others."""
+    above = moves[index]
+    count = np.clip(head - above[side], 0, above["nheads"])
+    moves["nheads"][index] = count
     above["nheads"] -= count
     for name in ("sh", "dh"):
         above[name] += count
-    return below[below["nheads"] > 0], above[above["nheads"] > 0]
+    return above
