@@ -34,6 +34,7 @@ from ringattn.planner import Quote
 from ringattn.schedule import Schedule, Shapes
 
 TOKENS = 8192
+BLOCK = 512  # tokens of a block of the block-sparse mask
 STAGES = {"direct": (1, 2, 4), "hybrid": (1, 2)}
 SHAPES = Shapes(
     q_heads=64, kv_heads=8, qk_dim=128, v_dim=128, itemsize=2, accumulator_itemsize=4
@@ -47,6 +48,7 @@ def masks(seq_len: int) -> dict[str, Mask]:
     spread = _filled(np.exp(rng.uniform(np.log(128), np.log(seq_len / 4), seq_len // 128)), seq_len)
     long = _filled(rng.uniform(8192, 30720, seq_len // 8192 + 1), seq_len)
     short = [int(n) for n in typical_packs(seq_len)[1]]
+    sparse = rng.random((seq_len // BLOCK, seq_len // BLOCK)) < 0.1
     return {
         "corpus documents": ra.masks.documents(corpus_lengths(seq_len), causal=True),
         "short documents": ra.masks.documents(short, causal=True),
@@ -54,6 +56,7 @@ def masks(seq_len: int) -> dict[str, Mask]:
         "causal": ra.masks.causal(seq_len),
         "window 1024": ra.masks.sliding_window(seq_len, 1023, 0),
         "causal blockwise": ra.masks.causal_blockwise(long),
+        "10 % of blocks": ra.masks.blocks(sparse, BLOCK, BLOCK),
     }
 
 

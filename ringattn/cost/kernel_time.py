@@ -64,7 +64,7 @@ def least_backward(forward: Schedule, backward: Curve) -> float:
     the same tiles, without what launches cost."""
     tasks, curve = forward.tasks, backward
     bands = bands_of(tasks)
-    pairs = rounded_area(bands, curve.block_rows, curve.block_keys).astype(np.float64)
+    pairs = _computed_pairs(forward, bands, curve.block_rows, curve.block_keys).astype(np.float64)
     pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
     pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
     pairs *= (tasks["h1"] - tasks["h0"]) * pair_flops(forward.shapes, "backward")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import Column
-from ringattn.blocks import piece_area, see
+from ringattn.block_tiles import piece_area, see
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.schedule import (

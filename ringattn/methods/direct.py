@@ -10,7 +10,7 @@ work by heads (see `ringattn.methods.gather`).
 
 import numpy as np
 
-from ringattn.blocks import key_runs
+from ringattn.block_tiles import key_runs
 from ringattn.methods.common import Problem
 from ringattn.methods.gather import Runs, gather, union_of_rows
 from ringattn.schedule import Direction, Schedule

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.bands import expand_ranges
-from ringattn.blocks import key_runs, see
+from ringattn.block_tiles import key_runs, see
 from ringattn.layout import join
 from ringattn.methods.common import Problem, finish, halve, moves_of, tasks_of
 from ringattn.schedule import Channel, Direction, Op, Schedule, Wire

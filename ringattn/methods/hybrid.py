@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ringattn.blocks import see
+from ringattn.block_tiles import see
 from ringattn.methods import direct
 from ringattn.methods.common import Problem, finish, moves_of, tasks_of
 from ringattn.methods.heads import check_degree, compose

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 import ringattn as ra
-from ringattn.blocks import see
+from ringattn.block_tiles import see
 from ringattn.methods.common import Problem
 from tests.core.cases import KERNELS, LAYOUTS, MASKS, Case, context_of, fits_heads, mask_of
 from tests.core.random_plans import random_schedule

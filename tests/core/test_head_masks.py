@@ -7,7 +7,8 @@ import pytest
 
 import ringattn as ra
 from ringattn import UserError, layouts, masks
-from ringattn.blocks import key_runs, restricted_area, see
+from ringattn.block_tiles import key_runs, see
+from ringattn.blocks import restricted_area
 from ringattn.kernels.block_matrix import BLOCK_TILE, allowed_pairs
 from ringattn.methods import METHODS
 from tests.core.cases import HEAD_MASKS, LAYOUTS, mask_of, problem
@@ -185,6 +186,14 @@ def test_bad_masks_are_refused_in_one_line(name: str) -> None:
         build()
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_stripes_over_a_large_matrix_are_refused() -> None:
+    """They would take hours; every stripe meets every block."""
+    mask = masks.blocks(np.ones((4096, 4096), dtype=bool), 64, 64)
+    layout = layouts.striped(mask.seq_len, 64)
+    with pytest.raises(UserError, match="use a layout of longer ranges"):
+        see(mask, layout.ranges, layout.ranges)
 
 
 @pytest.mark.parametrize("method", METHODS)
