@@ -108,13 +108,16 @@ def stand_in_out(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor,
     """(dout', out') with rowsum(dout' * out') = delta, for an op that recomputes delta.
 
     out' = dout * delta / |dout|^2. dout' is dout, except that a zero row whose delta is not zero
-    (a gradient of lse alone) gets one entry too small to matter elsewhere. Where the
-    square of a norm would leave the range, rows are divided by their largest entry first.
+    (a gradient of lse alone) gets one entry too small to matter elsewhere. Where the square of a
+    norm would leave the range, the row is divided by its largest entry first. What a row gets
+    depends on that row alone: buffers may hold rows that nothing has filled yet.
     """
     delta = delta.unsqueeze(-1)
     norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True)
-    if bool(((norm > 1 / SAFE_NORM) & (norm < SAFE_NORM)).all()):
-        return dout, dout * (delta / norm.square_())
+    safe = (norm > 1 / SAFE_NORM) & (norm < SAFE_NORM)
+    plain = dout * (delta / norm.square_())
+    if bool(safe.all()):
+        return dout, plain
     top = dout.abs().amax(-1, keepdim=True)
     silent = (top == 0) & (delta != 0)
     if bool(silent.any()):
@@ -125,7 +128,7 @@ def stand_in_out(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor,
     top.masked_fill_(top == 0, 1.0)
     unit = dout / top
     square = unit.square().sum(-1, keepdim=True).clamp_min_(1.0)
-    return dout, unit.mul_(delta / top / square)
+    return dout, torch.where(safe, plain, unit.mul_(delta / top / square))
 
 
 def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ringattn.kernels import dense_attention, kernel_by_name
+from ringattn.kernels.cpu_backward import stand_in_out
 from tests.closeness import rel_error
 from tests.kernels.problems import OPEN, Problem, run_kernel, tile_table
 
@@ -89,3 +90,16 @@ def test_large_bf16_triangles_are_no_worse_than_one_shot(generator: torch.Genera
         ref = getattr(reference, tensor)
         error = rel_error(ref, got[tensor].bfloat16())
         assert error <= BAR * rel_error(ref, baseline), tensor
+
+
+@pytest.mark.parametrize("beside", [0.0, 1e30, float("nan"), float("inf")])
+def test_a_row_does_not_depend_on_the_rows_beside_it(beside: float) -> None:
+    """Buffers hold rows that nothing has filled: they must not change the bits of others."""
+    generator = torch.Generator().manual_seed(0)
+    dout = torch.randn(1, 9, 2, 16, generator=generator)
+    delta = torch.randn(1, 9, 2, generator=generator)
+    alone = stand_in_out(dout, delta)
+    garbage = torch.full((1, 3, 2, 16), beside)
+    mixed = stand_in_out(torch.cat([dout, garbage], 1), torch.cat([delta, delta[:, :3]], 1))
+    for x, y in zip(alone, mixed, strict=True):
+        assert torch.equal(x, y[:, :9])
