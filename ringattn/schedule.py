@@ -73,7 +73,6 @@ MOVE = np.dtype(
         "sh", "dh", "nheads", "skip", "op", "take", "dtype", "lane",
     )
 )  # fmt: skip
-_SLOTS = 1 << 20  # more than any slot number
 SLOT = np.dtype(_ints("rank", "channel", "slot", "rows", "heads"))
 
 
@@ -254,34 +253,37 @@ def derive_slots(
     `heads` holds the heads of a slot by rank and channel, int64 (P, channels).
     """
     out, grad = (Channel.O, None) if direction == "forward" else (Channel.DQ, Channel.DKV)
-    channel, rows = moves["channel"], moves["rows"]
+    channel, end = moves["channel"], moves["rows"]
     uses = [
-        (tasks["rank"], Channel.Q, tasks["qslot"], tasks["q1"]),
-        (tasks["rank"], Channel.K, tasks["kslot"], tasks["k1"]),
-        (tasks["rank"], out, tasks["oslot"], tasks["q1"]),
-        (moves["src"], channel, moves["sslot"], moves["s0"] + rows),
-        (moves["dst"], channel, moves["dslot"], moves["d0"] + rows),
+        (tasks["rank"], int(Channel.Q), tasks["qslot"], tasks["q1"]),
+        (tasks["rank"], int(Channel.K), tasks["kslot"], tasks["k1"]),
+        (tasks["rank"], int(out), tasks["oslot"], tasks["q1"]),
+        (moves["src"], channel, moves["sslot"], moves["s0"] + end),
+        (moves["dst"], channel, moves["dslot"], moves["d0"] + end),
     ]
     if grad is not None:
-        uses.append((tasks["rank"], grad, tasks["gslot"], tasks["k1"]))
-    columns = [np.concatenate([np.broadcast_to(u[c], u[0].shape) for u in uses]) for c in range(4)]
-    rank, channel, slot, rows = (c.astype(np.int64) for c in columns)
-    keep = slot > 0
-    key = ((rank * len(Channel) + channel) * _SLOTS + slot)[keep]
-    unique, inverse = np.unique(key, return_inverse=True)
-    table = np.zeros(len(unique), dtype=SLOT)
-    table["slot"] = unique % _SLOTS
-    table["channel"] = unique // _SLOTS % len(Channel)
-    table["rank"] = unique // _SLOTS // len(Channel)
-    np.maximum.at(table["rows"], inverse, rows[keep])
+        uses.append((tasks["rank"], int(grad), tasks["gslot"], tasks["k1"]))
+    count = 1 + max(int(slot.max(initial=0)) for _, _, slot, _ in uses)
+    rows = np.zeros(len(heads) * len(Channel) * count, dtype=np.int64)
+    for rank, at, slot, last in uses:
+        np.maximum.at(rows, (rank * len(Channel) + at) * count + slot, last)
+    rows.reshape(-1, count)[:, 0] = 0  # home is not listed
+    used = np.flatnonzero(rows)
+    table = np.zeros(len(used), dtype=SLOT)
+    table["slot"], table["rows"] = used % count, rows[used]
+    table["channel"] = used // count % len(Channel)
+    table["rank"] = used // count // len(Channel)
     table["heads"] = heads[table["rank"], table["channel"]]
     return table
 
 
 def compact(tasks: np.ndarray, moves: np.ndarray) -> int:
     """Renumbers steps in place so that no step is empty; returns the number of steps."""
-    used = np.unique(np.concatenate([tasks["step"], moves["post"], moves["land"]]))
-    tasks["step"] = np.searchsorted(used, tasks["step"])
-    moves["post"] = np.searchsorted(used, moves["post"])
-    moves["land"] = np.searchsorted(used, moves["land"])
-    return len(used)
+    columns = tasks["step"], moves["post"], moves["land"]
+    used = np.zeros(1 + max(int(c.max(initial=0)) for c in columns), dtype=bool)
+    for column in columns:
+        used[column] = True
+    number = np.cumsum(used) - 1
+    for column in columns:
+        column[...] = number[column]
+    return int(used.sum())

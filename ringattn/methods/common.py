@@ -30,6 +30,8 @@ from ringattn.schedule import (
 NONE = 1 << 40  # no row: above every row number
 BLOCK = 128  # rows or keys that a kernel handles at once
 _TILES = ("pieces", "q_rank", "k_rank")  # of a problem: neither options nor heads change them
+_SLOTS = 1 << 20  # more than any slot number
+_ROWS = 1 << 41  # more than any row number
 UNKNOWN = -1  # area of a part of a block tile, until `finish` counts it
 EDGE = BLOCK // 2  # pairs it wastes on average per row and column of a tile
 
@@ -256,6 +258,29 @@ def _spans(tasks: np.ndarray, axis: str) -> np.ndarray:
     return band_ops.ceil_div(tasks[axis + "1"] - tasks[axis + "0"], tasks["stride"])
 
 
+def _taken(table: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """table[order]; rows of equal words are copied faster than records."""
+    if not len(table):
+        return table
+    words = np.ascontiguousarray(table).view(np.int64).reshape(len(table), -1)
+    return words.take(order, axis=0).view(table.dtype).reshape(-1)
+
+
+def _task_order(tasks: np.ndarray, world: int) -> np.ndarray:
+    """By step, rank, slot of keys and first row. Two joint keys sort faster than four."""
+    where = (tasks["step"] * world + tasks["rank"]) * _SLOTS + tasks["kslot"]
+    return np.lexsort((tasks["q0"], where))
+
+
+def _move_order(moves: np.ndarray, world: int) -> np.ndarray:
+    """By post, land, ranks, channel, slot and first row."""
+    steps = int(moves["land"].max(initial=0)) + 1
+    when = ((moves["post"] * steps + moves["land"]) * world + moves["src"]) * world + moves["dst"]
+    return np.lexsort(
+        (moves["sslot"] * _ROWS + moves["s0"], when * len(Channel) + moves["channel"])
+    )
+
+
 def finish(
     problem: Problem,
     direction: Direction,
@@ -275,9 +300,10 @@ def finish(
         tasks["area"][index] = piece_area(mask, tasks[index], bands_of(tasks[index : index + 1]))
     tasks["cost"] = tasks["area"] + EDGE * (_spans(tasks, "q") + _spans(tasks, "k"))
     nsteps = compact(tasks, moves)
-    tasks = tasks[np.lexsort((tasks["q0"], tasks["kslot"], tasks["rank"], tasks["step"]))]
-    order = ("s0", "sslot", "channel", "dst", "src", "land", "post")
-    moves = moves[np.lexsort(tuple(moves[name] for name in order))]
+    tasks, moves = (
+        tasks[_task_order(tasks, problem.world)],
+        moves[_move_order(moves, problem.world)],
+    )
     for table in (tasks, moves):
         table.setflags(write=False)
     if slot_heads is None:

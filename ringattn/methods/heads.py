@@ -160,20 +160,18 @@ def compose(
     slices = head_slices(shapes.q_heads, shapes.kv_heads, degree, _head_work(problem))
     cores = _cores(problem, posed, inner, slices)
     tasks = [_tasks(core, grid, u, s) for u, (core, s) in enumerate(zip(cores, slices))]
-    moves = [_moves(problem, core, grid, u) for u, core in enumerate(cores)]
+    moves = [_moves(problem, core, grid, u) for u, core in enumerate(cores) if len(core.moves)]
     last = max(core.nsteps for core in cores) + 1
     results = (Channel.O,) if direction == "forward" else (Channel.DQ, Channel.DKV)
     saved = SAVED if problem.options.get("save", 0) else ()
     starts_from = saved if direction == "backward" else ()
-    for u, part in enumerate(slices):
-        for channel in (Channel.Q, Channel.K):
-            spread = _spread(problem, grid, rows, u, part, channel)
-            if (channel, 1) in starts_from:  # q, k and v are there; dout, lse and delta are not
-                spread = spread[:0] if channel == Channel.K else spread
-                spread["skip"] = 1
-            moves.append(spread)
-        for channel in results:
-            moves.append(_collect(problem, grid, rows, u, part, channel, last))
+    for channel in (Channel.Q, Channel.K):
+        spread = _spread(problem, grid, rows, slices, channel)
+        if (channel, 1) in starts_from:  # q, k and v are there; dout, lse and delta are not
+            spread = spread[:0] if channel == Channel.K else spread
+            spread["skip"] = 1
+        moves.append(spread)
+    moves += [_collect(problem, grid, rows, slices, channel, last) for channel in results]
     if private is not None:
         tasks.append(halve(private, last))
     task_table, move_table = np.concatenate(tasks), np.concatenate(moves)
@@ -252,54 +250,61 @@ def _moves(problem: Problem, core: Schedule, grid: Grid, member: int) -> np.ndar
     return moves
 
 
-def _runs(part: Slice, channel: Channel) -> list[tuple[int, int, int]]:
-    """(home head, slice head, heads) of the runs in which a slice's heads travel."""
-    if channel in QUERY_SIDE:
-        return [(part.q0, 0, part.q1 - part.q0)]
-    runs: list[tuple[int, int, int]] = []
-    for index, head in enumerate(part.kv):
-        if runs and head == runs[-1][0] + runs[-1][2]:
-            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
-        else:
-            runs.append((head, index, 1))
-    return runs
+def _runs(slices: list[Slice], channel: Channel) -> np.ndarray:
+    """Rows (member, home head, slice head, heads) of the runs in which slices' heads travel."""
+    runs: list[list[int]] = []
+    for member, part in enumerate(slices):
+        if channel in QUERY_SIDE:
+            runs.append([member, part.q0, 0, part.q1 - part.q0])
+            continue
+        for index, head in enumerate(part.kv):
+            last = runs[-1] if runs else [-1, 0, 0, 0]
+            if index and last[0] == member and head == last[1] + last[3]:
+                last[3] += 1
+            else:
+                runs.append([member, head, index, 1])
+    return np.array(runs, dtype=np.int64).reshape(-1, 4)
 
 
 def _spread(
-    problem: Problem, grid: Grid, rows: np.ndarray, member: int, part: Slice, channel: Channel
+    problem: Problem, grid: Grid, rows: np.ndarray, slices: list[Slice], channel: Channel
 ) -> np.ndarray:
-    """Home rows of all ranks of each group to one member, its heads only."""
-    parts = []
-    for home, own, count in _runs(part, channel):
-        moves = moves_of(
-            problem, len(rows), post=0, src=rows["owner"],
-            dst=grid.rank(member, grid.group(rows["owner"])), channel=channel, dslot=1,
-            s0=rows["offset"], d0=rows["start"], rows=rows["stop"] - rows["start"],
-            sh=home, dh=own, op=Op.SET, dtype=Wire.INPUT,
-        )  # fmt: skip
-        moves["nheads"] = count
-        parts.append(moves)
-    return np.concatenate(parts)
+    """Home rows of all ranks of each group to its members, each one's heads."""
+    member, home, own, heads, at = _pairs(slices, channel, rows)
+    moves = moves_of(
+        problem, len(at), post=0, src=at["owner"], dst=grid.rank(member, grid.group(at["owner"])),
+        channel=channel, dslot=1, s0=at["offset"], d0=at["start"], rows=at["stop"] - at["start"],
+        sh=home, dh=own, op=Op.SET, dtype=Wire.INPUT,
+    )  # fmt: skip
+    moves["nheads"] = heads
+    return moves
 
 
 def _collect(
     problem: Problem,
     grid: Grid,
     rows: np.ndarray,
-    member: int,
-    part: Slice,
+    slices: list[Slice],
     channel: Channel,
     step: int,
 ) -> np.ndarray:
-    """One member's results home. The output is final, so it travels in the input dtype."""
-    parts = []
-    for home, own, count in _runs(part, channel):
-        moves = moves_of(
-            problem, len(rows), post=step, src=grid.rank(member, grid.group(rows["owner"])),
-            dst=rows["owner"], channel=channel, sslot=1, s0=rows["start"], d0=rows["offset"],
-            rows=rows["stop"] - rows["start"], sh=own, dh=home, op=Op.ADD, take=0,
-            dtype=Wire.INPUT if channel == Channel.O else problem.wire,
-        )  # fmt: skip
-        moves["nheads"] = count
-        parts.append(moves)
-    return np.concatenate(parts)
+    """The members' results home. The output is final, so it travels in the input dtype."""
+    member, home, own, heads, at = _pairs(slices, channel, rows)
+    moves = moves_of(
+        problem, len(at), post=step, src=grid.rank(member, grid.group(at["owner"])),
+        dst=at["owner"], channel=channel, sslot=1, s0=at["start"], d0=at["offset"],
+        rows=at["stop"] - at["start"], sh=own, dh=home, op=Op.ADD, take=0,
+        dtype=Wire.INPUT if channel == Channel.O else problem.wire,
+    )  # fmt: skip
+    moves["nheads"] = heads
+    return moves
+
+
+def _pairs(
+    slices: list[Slice], channel: Channel, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every run of heads with every range: member, home head, slice head, heads, and the range."""
+    rows = rows[rows["stop"] > rows["start"]]
+    runs = np.repeat(_runs(slices, channel), len(rows), axis=0)
+    member, home, own, heads = runs.T
+    return member, home, own, heads, np.tile(rows, len(runs) // max(len(rows), 1))
