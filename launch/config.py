@@ -75,16 +75,27 @@ class AttentionConfig:
 
     Attributes:
         method, layout, kernel: names, or "auto".
-        wire_dtype: dtype of travelling partial results; null is the accumulators' float32.
+        wire_dtype: dtype of travelling partial results; null is the accumulators' float32, "auto"
+            what is predicted to be faster on the cluster.
         cluster: name or YAML file of the cluster on which "auto" is chosen by predicted time; null
             weighs mask area and bytes at a fixed rate.
+        u: head-parallel degree of usp, loongtrain, hybrid and ulysses; null leaves it to the method
+            or the cluster.
+        stages: receive buffers' worth of rows of direct and hybrid; null likewise.
+        save: ulysses, usp, loongtrain and hybrid keep q, k and v of their heads for the backward,
+            which then moves less.
+        refine: plans that a search for a better layout may price on the cluster; 0 for none.
     """
 
     method: str = "auto"
     layout: str = "auto"
     kernel: str = "auto"
-    wire_dtype: Literal["fp32", "bf16"] | None = None
+    wire_dtype: Literal["fp32", "bf16", "auto"] | None = None
     cluster: str | None = None
+    u: int | None = None
+    stages: int | None = None
+    save: bool = False
+    refine: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,7 @@ def build_context(
     """The attention of a group of ranks, or of a number of simulated ones. No communication."""
     attention = config.attention
     wire = attention.wire_dtype
+    options = {"u": attention.u, "stages": attention.stages, "save": int(attention.save) or None}
     return ra.ContextParallel(
         group,
         heads=(shape.heads, shape.kv_heads),
@@ -109,8 +110,10 @@ def build_context(
         method=attention.method,
         layout=attention.layout,
         kernel=attention.kernel,
-        wire_dtype=COMPUTE_DTYPES[wire] if wire else None,
+        wire_dtype=COMPUTE_DTYPES.get(wire, wire) if wire else None,
         cluster=attention.cluster,
+        options={name: value for name, value in options.items() if value is not None},
+        refine=attention.refine or None,
         timeout=timedelta(seconds=config.run.timeout_s),
     )
 

@@ -121,3 +121,14 @@ def test_bad_calls_end_with_one_line(
 def test_a_bad_cluster_stops_training(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", config, "attention.cluster=h1000", "--dry-run"]) == 2
     assert "cluster=h1000" in capsys.readouterr().err
+
+
+def test_settings_of_the_method(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("attention.layout=contiguous", "attention.method=usp", "attention.u=2")
+    plain, _ = planned(capsys, config, *fixed, "--cluster", "h100_sxm")
+    assert {row["u"] for row in plain["candidates"]} == {2}
+    kept, _ = planned(capsys, config, *fixed, "attention.save=true", "--cluster", "h100_sxm")
+    received = [sum(found["candidates"][0]["bytes_max"].values()) for found in (kept, plain)]
+    assert received[0] < received[1]
+    assert main(["plan", config, "attention.method=ring", "attention.u=2"]) == 2
+    assert "method 'ring' has none" in capsys.readouterr().err
