@@ -31,15 +31,17 @@ MASK_BLIND = ("all_gather", "ulysses", "usp", "loongtrain")  # their moves do no
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_plan_is_proved_on_integers(mask_name: str, method: str) -> None:
+    """Every layout at one number of ranks, which differs from mask to mask and method to method."""
     mask = mask_of(mask_name)
-    for layout_name, make in LAYOUTS.items():
-        for world in (1, 2, 3, 4):
-            layout = make(mask, world)
-            for schedule in _schedules(method, mask, layout, group=4 if world % 2 else 1):
-                try:
-                    verify_schedule(schedule, mask, layout)
-                except PlanError as error:
-                    raise AssertionError(f"{layout_name}, {world} ranks: {error}") from error
+    turn = list(MASKS).index(mask_name) + METHOD_NAMES.index(method)
+    for index, (layout_name, make) in enumerate(LAYOUTS.items()):
+        world = 1 + (turn + index) % 4
+        layout = make(mask, world)
+        for schedule in _schedules(method, mask, layout, group=4 if world % 2 else 1):
+            try:
+                verify_schedule(schedule, mask, layout)
+            except PlanError as error:
+                raise AssertionError(f"{layout_name}, {world} ranks: {error}") from error
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
