@@ -111,9 +111,12 @@ def pose(
     problem = Problem(mask=mask, layout=layout, shapes=shapes, ranks_per_node=node)
     # Stripes of one token see every document from every pair of ranks.
     pairs = ranks**2 if entry.layout == "striped" else ranks
-    if pairs * len(mask.bands) > tiles or len(problem.pieces) > tiles:
+    if pairs * len(mask.bands) > tiles:
         return None
-    return problem
+    try:
+        return problem if len(problem.pieces) <= tiles else None
+    except UserError:  # too many tiles, or too many blocks for each
+        return None
 
 
 def _seconds(entry: Entry, problem: Problem, cluster: Cluster) -> float:
