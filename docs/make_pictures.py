@@ -117,6 +117,31 @@ def overview(path: Path) -> None:
     figure.savefig(path)
 
 
+def head_groups(path: Path) -> None:
+    """Three head groups of one mask: retrieval heads, streaming heads, block-sparse heads."""
+    tokens, block = 65_536, 2048
+    matrix = np.random.default_rng(0).random((tokens // block, tokens // block)) < 0.25
+    matrix |= np.eye(len(matrix), dtype=bool)
+    groups = {
+        "8 heads: causal": (8, ra.masks.causal(tokens)),
+        "20 heads: sinks and a window": (20, ra.masks.streaming(tokens, 2048, 8192)),
+        "4 heads: blocks of 2,048, causal": (
+            4, ra.masks.blocks(matrix, block, block, within=ra.masks.causal(tokens))
+        ),
+    }  # fmt: skip
+    mask = ra.masks.per_head(list(groups.values()))
+    layout, first = ra.layouts.zigzag(tokens, RANKS), 0
+    figure = new_figure(15.5, 5.0)
+    for column, (title, (count, _)) in enumerate(groups.items()):
+        axes = figure.add_subplot(1, 3, column + 1)
+        paint_mask(axes, mask.for_heads(32, first, first + count), layout)
+        axes.set_title(title, fontsize=11)
+        if column < len(groups) - 1 and (legend := axes.get_legend()) is not None:
+            legend.remove()
+        first += count
+    figure.savefig(path)
+
+
 def _overview_plan(mask: ra.Mask, layout: str) -> ra.Plan:
     context = ra.ContextParallel(
         RANKS, heads=(32, 8), head_dim=128, dtype=torch.bfloat16, method="direct", layout=layout
@@ -159,6 +184,7 @@ def main(arguments: list[str]) -> None:
         IMAGES.mkdir(exist_ok=True)
         example_pictures()
         overview(IMAGES / "overview.png")
+        head_groups(IMAGES / "head_groups.png")
 
 
 if __name__ == "__main__":
