@@ -1,11 +1,15 @@
 """Hybrid: what stays inside one rank moves nothing; the rest is shared by heads and gathered.
 
+Source: this project; the exchange of heads is that of DeepSpeed-Ulysses (arXiv 2309.14509), that of
+keys MagiAttention's. Bytes received per rank: with m of its n rows not private, those of
+`ringattn.methods.ulysses` for U and m in place of n; and 2 D Hkv / U times e (forward) or e + g
+(backward) for each remote row that its slice of the heads attends.
+
 Tokens are private where every pair they take part in lies on their own rank (short documents that
 the layout kept whole), and where that does not leave their rank with more work than the others of
 its node. Private tokens are computed at home with all heads. The others are pooled by the ranks of
 a node, each of which takes a slice of the heads, and whole nodes exchange exactly the key rows they
-need (direct), half of the heads ahead of the others. Bytes received per rank: the formulas of
-`ringattn.methods.heads` and `ringattn.methods.direct`, counted over the rows that are not private.
+need (direct), half of the heads ahead of the others.
 The option "u" is the head-parallel degree (default as for usp); "slack" is how many per cent of a
 rank's work its private work may exceed the mean by (default 10). Made for the layout "hybrid".
 """

@@ -1,7 +1,8 @@
 """LoongTrain: head parallelism and a double ring, placed head-first or context-first.
 
-Source: LoongTrain (arXiv 2406.18485), 2D-Attention with DoubleRing. The cost formula is in
-`ringattn.methods.heads`, with the double ring of P / U groups inside. The option "u" is the
+Source: LoongTrain (arXiv 2406.18485), 2D-Attention with DoubleRing. Bytes received per rank as in
+`ringattn.methods.usp`, with the double ring of P / U groups inside: its backward receives
+2 (N-1) u Hkv g more where N windows of several groups cross nodes. The option "u" is the
 head-parallel degree (default as for usp); "context_first" 1 puts the ranks of a ring next to each
 other instead of those of a head group.
 """

@@ -1,7 +1,10 @@
 """Ulysses: all ranks share the heads; tokens are pooled, and attention is local.
 
-Source: DeepSpeed-Ulysses (arXiv 2309.14509). The cost formula is in `ringattn.methods.heads`, with
-U = P and no inner bytes. The option "u" gives a smaller degree, with the KV ring inside.
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Bytes received per rank for equal shards and U = P
+dividing Hkv: forward ((U-1)/U) [2 u (Hq + Hkv) e + 4 n Hq], backward
+((U-1)/U) [u (Hq (2e + g) + 2 Hkv (e + g)) + 8 n Hq]; with the option "save" the backward is
+((U-1)/U) [u (Hq (e + g) + 2 Hkv g) + 8 n Hq]. The option "u" gives a smaller degree, with the KV
+ring inside. See `ringattn.methods.heads` for U > Hkv and uneven heads.
 """
 
 from ringattn.methods import ring

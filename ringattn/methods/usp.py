@@ -1,7 +1,9 @@
 """USP: head parallelism inside a node, the KV ring between head groups.
 
-Source: "USP: A Unified Sequence Parallelism Approach" (arXiv 2405.07719). The cost formula is in
-`ringattn.methods.heads`; the inner plan is the ring of P / U groups on U n rows and Hkv / U heads.
+Source: "USP: A Unified Sequence Parallelism Approach" (arXiv 2405.07719). Bytes received per rank
+for equal shards, a full mask and U dividing Hkv: those of `ringattn.methods.ulysses` for U, and of
+the ring of P / U groups on U n rows and Hkv / U heads: forward 2 (P/U - 1) u Hkv e, backward
+2 (P/U - 1) u Hkv (e + g).
 The option "u" is the head-parallel degree; by default the largest divisor of the ranks of a node
 that is at most Hkv, so that no key head is replicated.
 """
