@@ -8,7 +8,7 @@ from ringattn.schedule import Lane
 
 _HEAD = ("layout", "method", "u", "forward ms", "backward ms", "TFLOP/s", "intra MB", "inter MB",
          "imbalance", "peak MB")  # fmt: skip
-_FORM = "{:14} {:22} {:>3} {:>11} {:>11} {:>8} {:>19} {:>19} {:>9} {:>9}"
+_FORM = "{:14} {:28} {:>3} {:>11} {:>11} {:>8} {:>19} {:>19} {:>9} {:>9}"
 
 
 def plan_json(comparison: Comparison) -> dict[str, Any]:
@@ -55,14 +55,13 @@ def plan_table(comparison: Comparison) -> Iterator[str]:
     yield _FORM.format(*[""] * 6, *["mean / max"] * 2, *[""] * 2).rstrip()
     for quote in comparison.quotes:
         row = candidate_row(quote)
-        stages = dict(quote.candidate.options).get("stages")
         lanes = [
             f"{row['bytes_mean'][name] / 1e6:.4g} / {row['bytes_max'][name] / 1e6:.4g}"
             for name in ("intra", "inter")
         ]
         yield _FORM.format(
             row["layout"],
-            row["method"] + (f", {stages} stage{'s' * (stages > 1)}" if stages else ""),
+            row["method"] + _settings(quote),
             row["u"],
             f"{1e3 * row['forward_s']:.4g}",
             f"{1e3 * row['backward_s']:.4g}",
@@ -74,3 +73,12 @@ def plan_table(comparison: Comparison) -> Iterator[str]:
     for refusal in comparison.refusals:
         yield f"refused: {refusal.candidate}: {refusal.reason}"
     yield f"choice: {comparison.reason}"
+
+
+def _settings(quote: Quote) -> str:
+    """The settings that tell a row from others of its method, but for u, which has a column."""
+    candidate = quote.candidate
+    shown = [f"{name} {value}" for name, value in candidate.options if name != "u"]
+    if candidate.wire is not None:
+        shown.append(f"{candidate.wire.name.lower()} wire")
+    return "".join(f", {setting}" for setting in shown)

@@ -73,10 +73,11 @@ def wire(wire_dtype: torch.dtype | str | None, dtype: torch.dtype | None) -> Wir
         return Wire.ACCUMULATOR
     if wire_dtype == dtype:
         return Wire.INPUT
+    known = dtype if dtype is not None else "named by dtype="
     raise UserError(
-        f"wire_dtype={wire_dtype}",
-        f"must be auto, the accumulators' {accumulator} or the input dtype {dtype}",
-        "pass one of them, and dtype with it",
+        f"wire_dtype={wire_dtype!r}",
+        f"must be 'auto', the accumulators' {accumulator} or the input dtype {known}",
+        "pass one of these torch dtypes, and dtype with it",
     )
 
 
@@ -172,11 +173,25 @@ def is_duration(timeout: object) -> None:
         )
 
 
+def _brief(value: object) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def settings(given: object, name: str) -> dict:
+    """Settings as a dict. True counts as 1, and what is False is left out."""
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{name}={given!r}", "must be a dict", 'pass e.g. {"u": 2}')
+    found = (given or {}).items()
+    return {key: 1 if value is True else value for key, value in found if value is not False}
+
+
 def is_mask(mask: object) -> None:
     """What is planned for is a mask."""
     if not isinstance(mask, Mask):
         raise UserError(
-            f"mask={mask!r}", "must be a ringattn.Mask", "build one with ringattn.masks"
+            f"mask={_brief(mask)}", "must be a ringattn.Mask", "build one with ringattn.masks"
         )
 
 
@@ -256,3 +271,17 @@ def check_blocks(mask: Mask, q: torch.Tensor, k: torch.Tensor, blocks: torch.Ten
             f"must be int32 of shape {expected}",
             "pass what ringattn.route gives",
         )
+    # On an accelerator looking at the values would wait for it.
+    if blocks.device.type == "cpu" and not _names_blocks(blocks, mask.routing.k_blocks):
+        raise UserError(
+            f"blocks from {int(blocks.min())} to {int(blocks.max())}",
+            f"each row must name blocks 0 to {mask.routing.k_blocks - 1} once, ascending, then -1",
+            "pass what ringattn.route gives for this plan",
+        )
+
+
+def _names_blocks(blocks: torch.Tensor, count: int) -> bool:
+    """Whether every row is ascending block numbers below `count`, then -1."""
+    used = blocks >= 0
+    rising = ~used[..., 1:] | (used[..., :-1] & (blocks[..., 1:] > blocks[..., :-1]))
+    return bool(((blocks >= -1) & (blocks < count)).all() and rising.all())

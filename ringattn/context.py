@@ -78,7 +78,8 @@ class ContextParallel:
         self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
         self.memory_limit, self.timeout, self.refine = memory_limit, timeout, refine or 0
-        self.options, self.layout_options = dict(options or {}), dict(layout_options or {})
+        self.options = checks.settings(options, "options")
+        self.layout_options = checks.settings(layout_options, "layout_options")
         self.cluster = checks.cluster(cluster)
         self.ranks_per_node = ranks_per_node or self._node_size()
         self.shapes = checks.shapes(self.heads, self.head_dim, dtype)
@@ -86,7 +87,9 @@ class ContextParallel:
         self.any_wire = checks.weighed_wire(wire_dtype, self.cluster is not None)
         checks.names(method, layout, kernel)
         checks.layout_world(layout, self.world)
-        checks.counts(ranks_per_node=ranks_per_node, memory_limit=memory_limit, refine=refine)
+        checks.counts(
+            ranks_per_node=ranks_per_node, memory_limit=memory_limit, refine=refine or None
+        )
         checks.options(self.options, method, self.cluster is not None)
         checks.layout_options(self.layout_options, layout)
         checks.is_duration(timeout)
@@ -126,6 +129,7 @@ class ContextParallel:
             UserError: the layout does not fit the mask, or the plan needs more than `memory_limit`.
         """
         checks.is_mask(mask)
+        mask.head_counts(self.heads[0])  # refuses head groups that do not fit
         with self._lock:
             found = self._plans.get(mask.key)
             if found is not None:
@@ -149,6 +153,7 @@ class ContextParallel:
             UserError: there is no cluster, or no candidate fits `memory_limit`.
         """
         checks.is_mask(mask)
+        mask.head_counts(self.heads[0])  # refuses head groups that do not fit
         if self.cluster is None:
             raise UserError("cluster=None", "prices need a cluster", 'pass e.g. cluster="h100_sxm"')
         kernel = self.kernel if self.kernel in self.cluster.kernels else None

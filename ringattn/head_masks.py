@@ -23,6 +23,14 @@ def per_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
     Raises:
         UserError: no group, a count below 1, lengths that differ, or masks selected at run time.
     """
+    if not isinstance(groups, list | tuple) or any(
+        not isinstance(entry, list | tuple) for entry in groups
+    ):
+        raise UserError(
+            f"groups={str(groups)[:60]}",
+            "must be a list of (query heads, mask)",
+            "pass e.g. [(8, full), (24, window)]",
+        )
     entries = list(groups)
     if not entries:
         raise UserError("groups=[]", "needs at least one group", "pass [(query heads, mask), ...]")
@@ -83,7 +91,12 @@ def blocks(
         UserError: sizes that do not cover S, a matrix of another shape, or `within` with strides
             or head groups.
     """
-    allowed = np.asarray(matrix)
+    try:
+        allowed = np.asarray(matrix)
+    except ValueError:  # rows of different lengths
+        allowed = np.empty(0, dtype=bool)
+    if within is not None:
+        _is_mask(within)
     if allowed.dtype != np.bool_ and not np.isin(allowed, (0, 1)).all():
         raise UserError(f"matrix of {allowed.dtype}", "must hold booleans", "pass a bool array")
     if allowed.ndim not in (2, 3) or not allowed.size:
@@ -142,6 +155,7 @@ def routed(
     Raises:
         UserError: `top_k` is less than the blocks of keys that a block of queries holds itself.
     """
+    _is_mask(within)
     rows = block_k if block_q is None else block_q
     for name, value in (("block_k", block_k), ("block_q", rows), ("top_k", top_k)):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
@@ -177,15 +191,18 @@ def routed(
     return Mask(length, base, "routed", (ANY,), zero, (matrix,), zero.copy(), routing)
 
 
+def _is_mask(within: object) -> None:
+    if not isinstance(within, Mask):
+        raise UserError(
+            f"within={within!r}", "must be a mask", "pass e.g. ringattn.masks.causal(S)"
+        )
+
+
 def _base(within: Mask | None, length: int) -> np.ndarray:
     """The bands that a matrix restricts."""
     if within is None:
         table, _ = band_ops.tighten(band_columns(0, length, 0, length))
         return table
-    if not isinstance(within, Mask):
-        raise UserError(
-            f"within={within!r}", "must be a mask", "pass e.g. ringattn.masks.causal(S)"
-        )
     if not within.is_uniform or within.matrices or (within.bands["step"] > 1).any():
         raise UserError(
             f"within={within!r}",

@@ -65,7 +65,8 @@ def attention(
         scale: multiplies the logits; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: (Hq,) learned logits that join every row's denominator.
-        blocks: for a plan of a routed mask, the selected blocks of `route`; made here by default.
+        blocks: for a plan of a routed mask, the selected blocks of `route`, equal on all ranks;
+            made here by default.
         dropout: must be 0. Ranks would have to draw the same mask for a pair whoever computes it.
 
     Returns:
@@ -89,6 +90,12 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     if plan.mask.routing is not None and blocks is None:
         blocks = route(q, k, plan)
+    if blocks is not None and not isinstance(blocks, torch.Tensor):
+        raise UserError(
+            f"blocks of type {type(blocks).__name__}",
+            "must be an int32 tensor",
+            "pass what ringattn.route gives",
+        )
     saved = plan.saved_numel * q.shape[0]
     return _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks, saved)[0]
 
@@ -110,8 +117,9 @@ def route(q: torch.Tensor, k: torch.Tensor, plan: "Plan") -> torch.Tensor:
     Raises:
         UserError: the plan's mask selects no blocks, or shapes do not fit.
     """
-    routing = plan.mask.routing
-    if routing is None:
+    if getattr(plan, "handle", None) is None:
+        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
+    if plan.mask.routing is None:
         raise UserError(
             f"{plan.mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
         )

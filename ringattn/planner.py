@@ -315,8 +315,9 @@ def _nothing_left(refusals: list[Refusal], terms: Terms) -> UserError:
     """Why there is no plan at all."""
     limit = "" if terms.memory_limit is None else f" within memory_limit={terms.memory_limit}"
     last = refusals[-1]
+    choose = "choose another layout, method or settings"
     return UserError(
         f"no plan{limit}",
         f"all {len(refusals)} candidates are refused, {last.candidate} because {last.reason}",
-        "raise the limit, or choose another layout or method",
+        choose if terms.memory_limit is None else f"raise the limit, or {choose}",
     )

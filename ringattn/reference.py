@@ -30,6 +30,9 @@ def reference(
         mask: over the same S. Where it is routed, blocks are selected from q and k as `attention`
             selects them, in the dtype that they have here.
 
+    Raises:
+        UserError: the mask's head groups do not make up the query heads.
+
     Returns:
         out, lse (B, S, Hq), dq, dk, dv, dsinks; gradients are None without dout.
     """
@@ -68,7 +71,7 @@ def _stacked(parts: list[DenseAttention]) -> DenseAttention:
 
 def _layers(mask: Mask, q_heads: int) -> np.ndarray:
     """The dense mask, one layer per query head where heads differ."""
-    dense = mask.dense()
+    counts, dense = mask.head_counts(q_heads), mask.dense()
     if dense.ndim == 2:
         return dense
-    return np.repeat(dense, q_heads // len(dense), axis=0) if len(dense) < q_heads else dense
+    return dense if len(dense) == q_heads else np.repeat(dense, counts, axis=0)

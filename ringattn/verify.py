@@ -13,7 +13,7 @@ import numpy as np
 
 from ringattn.bands import BAND_FIELDS, ceil_div
 from ringattn.bounds import check_bounds
-from ringattn.errors import PlanError
+from ringattn.errors import PlanError, UserError
 from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, allowed_pairs
 from ringattn.layout import Layout
 from ringattn.masks import Mask
@@ -255,5 +255,7 @@ def _whole_tile(mask: Mask, index: int) -> tuple[np.void, BlockMatrix | None]:
 
 def verify(plan: Plan) -> None:
     """Proves both schedules of a plan on integers. Raises PlanError with the first difference."""
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
     forward = verify_schedule(plan.forward, plan.mask, plan.layout)
     verify_schedule(plan.backward, plan.mask, plan.layout, forward)

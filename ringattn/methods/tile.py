@@ -38,7 +38,7 @@ def _grid(problem: Problem, direction: Direction) -> _Grid:
     world, asked = problem.world, problem.options.get("tile_a", 0)
     if asked and world % asked:
         raise UserError(
-            f"tile_a={asked}", f"must divide the {world} ranks", "pass a divisor, or 0 to choose"
+            f"tile_a={asked}", f"must divide the {world} ranks", "pass a divisor, or leave it out"
         )
     choices = [asked] if asked else [a for a in range(1, world + 1) if world % a == 0]
     shapes, wire = problem.shapes, problem.wire

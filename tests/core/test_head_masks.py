@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 import ringattn as ra
 from ringattn import UserError, layouts, masks
@@ -167,6 +168,9 @@ BAD = {
     "empty": (lambda: masks.per_head([]), "at least one group"),
     "heads": (lambda: masks.per_head([(0, masks.causal(4))]), "positive integer"),
     "pair": (lambda: masks.per_head([(1, "causal")]), "(query heads, mask)"),  # type: ignore[list-item]
+    "no list": (lambda: masks.per_head((4, masks.causal(4))), "list of (query heads, mask)"),  # type: ignore[arg-type]
+    "a number": (lambda: masks.routed(1024, block_k=4, top_k=1), "must be a mask"),  # type: ignore[arg-type]
+    "ragged": (lambda: masks.blocks([[True] * 2, [True]], 4, 4), "query blocks, key blocks"),  # type: ignore[arg-type]
     "lengths": (lambda: masks.per_head([(1, masks.causal(4)), (1, masks.causal(5))]), "one length"),
     "nested": (lambda: masks.per_head([(1, masks.routed(masks.causal(8), block_k=4, top_k=1))]),
                "routed mask serves all heads"),
@@ -201,6 +205,13 @@ def test_heads_that_do_not_fit_the_model_are_refused(method: str) -> None:
     context = ra.ContextParallel(4, heads=(8, 2), head_dim=8, method=method, layout="contiguous")
     with pytest.raises(UserError, match="head groups"):
         context.plan(masks.per_head([(4, masks.causal(64)), (3, masks.full(64))]))
+
+
+def test_the_reference_refuses_other_head_counts() -> None:
+    mask = masks.per_head([(8, masks.causal(16)), (24, masks.full(16))])
+    q = torch.randn(1, 16, 8, 4)
+    with pytest.raises(UserError, match="head groups"):
+        ra.reference(q, q, q, mask)
 
 
 def test_equal_masks_have_equal_keys() -> None:

@@ -248,6 +248,9 @@ def _refused(rank: int, world: int, group: dist.ProcessGroup) -> list[str]:
     for attempt in (
         lambda: ra.attention(q, k, v, plan, blocks=blocks[:, :1]),
         lambda: ra.attention(q, k, v, plan, blocks=blocks.long()),
+        lambda: ra.attention(q, k, v, plan, blocks=blocks + 99),
+        lambda: ra.attention(q, k, v, plan, blocks=torch.zeros_like(blocks)),
+        lambda: ra.attention(q, k, v, plan, blocks=blocks.tolist()),  # type: ignore[arg-type]
         lambda: ra.attention(q, k, v, plain, blocks=blocks),
         lambda: ra.route(q, k, plain),
         lambda: ra.route(q[:, 1:], k, plan),
@@ -259,7 +262,8 @@ def _refused(rank: int, world: int, group: dist.ProcessGroup) -> list[str]:
 
 
 def test_selections_that_do_not_fit_are_refused() -> None:
-    reasons = ["must be int32 of shape", "must be int32 of shape", "selects no blocks",
+    reasons = ["must be int32 of shape", "must be int32 of shape", "once, ascending",
+               "once, ascending", "must be an int32 tensor", "selects no blocks",
                "selects no blocks", "must be (B, tokens"]  # fmt: skip
     for messages in run_ranks(2, _refused, timeout=60):
         for message, reason in zip(messages, reasons, strict=True):
