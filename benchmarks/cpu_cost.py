@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,30 +30,11 @@ import torch.multiprocessing as mp
 
 import ringattn as ra
 from ringattn.benchmarks import cpu_tilings
+from ringattn.benchmarks.peers.cases import MaskCase
 from ringattn.benchmarks.record import Recorder
 
 HEADS, HEAD_DIM, DTYPE = 8, 64, torch.bfloat16
 CASES = ("causal", "documents", "window", "shared_question")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mask by name and parameters, so that it can be sent to workers."""
-
-    name: str
-    seq_len: int
-    lengths: tuple[int, ...] = ()
-    window: int = 1024
-
-    def mask(self) -> ra.Mask:
-        """Builds the mask."""
-        if self.name == "causal":
-            return ra.masks.causal(self.seq_len)
-        if self.name == "window":
-            return ra.masks.sliding_window(self.seq_len, self.window - 1, 0)
-        if self.name == "shared_question":
-            return ra.masks.shared_question(self.lengths)
-        return ra.masks.documents(self.lengths, causal=True)
 
 
 def inputs(seq_len: int) -> list[torch.Tensor]:
@@ -90,7 +70,7 @@ def rank_worker(rank: int, world: int, store: str, pipe: Connection) -> None:
         world_size=world,
         timeout=timedelta(minutes=10),
     )
-    cache: dict[tuple[Case, str, str], tuple] = {}
+    cache: dict[tuple[MaskCase, str, str], tuple] = {}
     while (request := pipe.recv()) is not None:
         case, layout, method = request
         if request not in cache:
@@ -116,7 +96,7 @@ def rank_worker(rank: int, world: int, store: str, pipe: Connection) -> None:
 def baseline_worker(pipe: Connection) -> None:
     """Serves (case, tiling) requests with two threads, answered by CPU seconds."""
     torch.set_num_threads(2)
-    cache: dict[tuple[Case, str], Callable[[], object]] = {}
+    cache: dict[tuple[MaskCase, str], Callable[[], object]] = {}
     while (request := pipe.recv()) is not None:
         case, tiling = request
         if request not in cache:
@@ -142,11 +122,11 @@ def ask(pipes: list[Connection], request: object) -> list:
     return [pipe.recv() for pipe in pipes]
 
 
-def measure(case: Case, layout: str, method: str, repeats: int, ranks, single) -> dict:
+def measure(case: MaskCase, layout: str, method: str, repeats: int, ranks, single) -> dict:
     """Ratios of one case: medians over interleaved repetitions, the first one discarded."""
     tilings = cpu_tilings.names(case)
     times: dict[str, list[float]] = {name: [] for name in (*tilings, "dense", "ranks")}
-    dense = Case("causal", case.seq_len)
+    dense = MaskCase("causal", case.seq_len)
     chosen = ""
     for repeat in range(repeats + 1):
         for name in tilings:
@@ -187,7 +167,7 @@ def main() -> None:
         recorder = Recorder(args.out)
         for name in args.cases:
             lengths = corpus_lengths(args.seq_len) if name != "causal" else ()
-            case = Case(name, args.seq_len, lengths)
+            case = MaskCase(name, args.seq_len, lengths)
             found = measure(case, args.layout, args.method, args.repeats, ranks, single)
             print(
                 f"{name:16} ratio {found['ratio']:.3f} ± {found['spread']:.3f}   to exact area "

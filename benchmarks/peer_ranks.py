@@ -7,7 +7,6 @@ request with one `PoolError`, after which the pool is gone.
 import gc
 import multiprocessing as mp
 import os
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from ringattn.benchmarks.peers.base import Contender, Prepared, Shape
 from ringattn.benchmarks.peers.cases import MaskCase
 from ringattn.benchmarks.wire import counted_wire
+from ringattn.parallel.processes import exit_with_parent
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 
@@ -151,7 +151,7 @@ def _unpack(rank: int, answer: tuple[bool, Any]) -> Any:
 
 def _serve(rank: int, world: int, threads: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    _exit_with_parent()
+    exit_with_parent()
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     prepared: dict[str, Prepared] = {}
@@ -200,15 +200,3 @@ def assemble(parts: Sequence[Checked], seq_len: int) -> list[torch.Tensor]:
             tensor[:, part.positions[real]] = part.results[index][:, real]
         whole.append(torch.from_numpy(tensor))
     return whole
-
-
-def _exit_with_parent() -> None:
-    """Ends this rank when the process that asks is gone, even while it waits in a collective."""
-    parent = mp.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

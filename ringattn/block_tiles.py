@@ -27,9 +27,7 @@ def see(mask: "Mask", q_segments: np.ndarray, k_segments: np.ndarray) -> np.ndar
     pieces = intersect(mask.bands, q_segments, k_segments)
     if not len(mask.matrices):
         return pieces
-    known = np.array([m.allowed is not None for m in mask.matrices])
-    number = mask.matrix[pieces["band"]]
-    restricted = (number >= 0) & known[number]
+    number, restricted = mask.matrix[pieces["band"]], mask.is_restricted[pieces["band"]]
     keep = np.ones(len(pieces), dtype=bool)
     alike, single = _grouped(pieces, restricted)
     _refuse_too_many(pieces[single], [mask.matrices[n] for n in number[single]])
@@ -38,7 +36,7 @@ def see(mask: "Mask", q_segments: np.ndarray, k_segments: np.ndarray) -> np.ndar
         keep[index] = _crop(pieces[index : index + 1], columns)
     for index in alike:
         keep[index] = _crop_together(pieces, index, mask.matrices[number[index[0]]])
-    _estimate(mask, pieces, (number >= 0) & ~known[number])
+    _estimate(mask, pieces, (number >= 0) & ~restricted)
     return pieces[keep]
 
 
@@ -172,9 +170,7 @@ def key_runs(mask: "Mask", pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
     One run per tile; one per block of keys where a known matrix leaves some out.
     """
-    number = mask.matrix[pieces["band"]]
-    known = np.array([m.allowed is not None for m in mask.matrices] + [False])
-    restricted = (number >= 0) & known[number]
+    number, restricted = mask.matrix[pieces["band"]], mask.is_restricted[pieces["band"]]
     whole = ~restricted
     runs = [(np.flatnonzero(whole), pieces["k0"][whole], pieces["k1"][whole])]
     alike, single = _grouped(pieces, restricted)

@@ -91,12 +91,9 @@ def plain_bands(mask: "Mask") -> tuple[np.ndarray, np.ndarray]:
     Bands whose blocks are selected at run time stay whole.
     """
     copies = np.array([mask.copies(group) for group in range(len(mask.heads))])[mask.group]
-    known = np.array([m.allowed is not None for m in mask.matrices] + [False])
-    restricted = np.flatnonzero((mask.matrix >= 0) & known[mask.matrix])
-    whole = np.ones(len(mask.bands), dtype=bool)
-    whole[restricted] = False
+    whole = ~mask.is_restricted
     tables, weights = [mask.bands[whole]], [copies[whole]]
-    for index in restricted:
+    for index in np.flatnonzero(mask.is_restricted):
         matrix = mask.matrices[mask.matrix[index]]
         q, k = np.nonzero(matrix.allowed)
         cells = np.repeat(mask.bands[index : index + 1], len(q))

@@ -29,21 +29,22 @@ def check_bounds(schedule: Schedule) -> None:
     Raises:
         PlanError: the first row that breaks a rule.
     """
-    sizes = _Sizes.of(schedule)
+    sizes = SlotSizes.of(schedule)
     _check_tasks(schedule, sizes)
     _check_moves(schedule, sizes)
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Rows and heads of all slots, sorted by key."""
+class SlotSizes:
+    """Rows and heads of all slots, home too, sorted by key; ask `at`."""
 
     key: np.ndarray
     rows: np.ndarray
     heads: np.ndarray
 
     @classmethod
-    def of(cls, schedule: Schedule) -> "_Sizes":
+    def of(cls, schedule: Schedule) -> "SlotSizes":
+        """Those of a schedule."""
         channels = np.array(_CHANNELS[schedule.direction], dtype=np.int64)
         rank, channel = (x.ravel() for x in np.indices((schedule.world, len(channels))))
         heads = np.array([schedule.shapes.heads(c) for c in channels], dtype=np.int64)
@@ -86,7 +87,7 @@ def _outside(low: np.ndarray, high: np.ndarray, size: Column) -> np.ndarray:
     return (low < 0) | (low >= high) | (high > size)
 
 
-def _check_tasks(schedule: Schedule, sizes: _Sizes) -> None:
+def _check_tasks(schedule: Schedule, sizes: SlotSizes) -> None:
     tasks = schedule.tasks
     rank, step = tasks["rank"], tasks["step"]
     _refuse(_outside(rank, rank + 1, schedule.world), "task", "is for a rank that does not exist")
@@ -107,7 +108,7 @@ def _check_tasks(schedule: Schedule, sizes: _Sizes) -> None:
     _refuse(_outside(tasks["k0"], tasks["k1"], k_rows), "task", "has keys beyond its slot")
 
 
-def _check_moves(schedule: Schedule, sizes: _Sizes) -> None:
+def _check_moves(schedule: Schedule, sizes: SlotSizes) -> None:
     moves = schedule.moves
     for end in ("src", "dst"):
         outside = _outside(moves[end], moves[end] + 1, schedule.world)

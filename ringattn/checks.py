@@ -8,7 +8,7 @@ import torch
 
 from ringattn import candidates, choice, layouts, methods
 from ringattn.cost import Cluster, load_cluster
-from ringattn.errors import UserError
+from ringattn.errors import UserError, brief
 from ringattn.kernels.select import kernel_names
 from ringattn.layout import Layout
 from ringattn.masks import Mask
@@ -173,12 +173,6 @@ def is_duration(timeout: object) -> None:
         )
 
 
-def _brief(value: object) -> str:
-    """A value in one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def settings(given: object, name: str) -> dict:
     """Settings as a dict. True counts as 1, and what is False is left out."""
     if given is not None and not isinstance(given, dict):
@@ -187,11 +181,25 @@ def settings(given: object, name: str) -> dict:
     return {key: 1 if value is True else value for key, value in found if value is not False}
 
 
+def is_plan(plan: object) -> None:
+    """What is run or proved is a plan."""
+    if getattr(plan, "handle", None) is None:
+        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
+
+
+def is_routed(mask: Mask) -> None:
+    """A mask whose blocks are selected at run time."""
+    if mask.routing is None:
+        raise UserError(
+            f"{mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
+        )
+
+
 def is_mask(mask: object) -> None:
     """What is planned for is a mask."""
     if not isinstance(mask, Mask):
         raise UserError(
-            f"mask={_brief(mask)}", "must be a ringattn.Mask", "build one with ringattn.masks"
+            f"mask={brief(mask)}", "must be a ringattn.Mask", "build one with ringattn.masks"
         )
 
 

@@ -21,3 +21,9 @@ class CommunicationError(RuntimeError):
 
 class PlanError(RuntimeError):
     """A plan breaks its own rules, or ranks hold different plans."""
+
+
+def brief(value: object) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

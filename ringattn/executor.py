@@ -11,12 +11,11 @@ from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
 from ringattn.parallel.fabric import Fabric, Handle
 from ringattn.program import Exchange, Message, Part, Program, Step
-from ringattn.schedule import Channel, Lane, Op, Wire
+from ringattn.schedule import ACCUMULATORS, Channel, Lane, Op, Wire
 
 Slot = tuple[torch.Tensor, ...]
 Slots = dict[tuple[int, int], Slot]
 _STATISTICS = {Channel.O: (1,), Channel.Q: (2, 3)}  # lse; lse and delta: no head dim, never rounded
-_ACCUMULATORS = (Channel.O, Channel.DQ, Channel.DKV)
 
 
 def forward_home(
@@ -130,7 +129,7 @@ class Run:
                 for t in like
             )
             self.slots[channel, slot] = made
-            if channel in _ACCUMULATORS:
+            if channel in ACCUMULATORS:
                 _clear(channel, made)
 
     def _home(self, channel: Channel) -> Slot:

@@ -8,7 +8,7 @@ from ringattn import bands as band_ops
 from ringattn.bands import band_columns
 from ringattn.errors import UserError
 from ringattn.kernels.block_matrix import BlockMatrix
-from ringattn.mask import ANY, NO_MATRIX, Mask, Routing
+from ringattn.mask import ANY, NO_MATRIX, Mask, Routing, positive
 
 MOST_SCORES = 1 << 28
 
@@ -37,8 +37,7 @@ def per_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
     for entry in entries:
         if len(entry) != 2 or not isinstance(entry[1], Mask):
             raise UserError(f"group {entry!r}", "must be (query heads, mask)", "pass such pairs")
-        if not isinstance(entry[0], int | np.integer) or isinstance(entry[0], bool) or entry[0] < 1:
-            raise UserError(f"query heads {entry[0]!r}", "must be a positive integer", "pass >= 1")
+        positive(query_heads=entry[0])
         if entry[1].routing is not None:
             raise UserError(
                 f"{entry[1]!r} in per_head",
@@ -157,9 +156,7 @@ def routed(
     """
     _is_mask(within)
     rows = block_k if block_q is None else block_q
-    for name, value in (("block_k", block_k), ("block_q", rows), ("top_k", top_k)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name}={value!r}", "must be a positive integer", f"pass {name} >= 1")
+    positive(block_k=block_k, block_q=rows, top_k=top_k)
     base, length = _base(within, within.seq_len), within.seq_len
     q_edges, k_edges = (
         _edges(size, -(-length // size), length, name)

@@ -73,6 +73,12 @@ class Mask:
         areas = restricted_area(self)
         return int(sum(int(a) * self.copies(int(g)) for g, a in zip(self.group, areas)))
 
+    @cached_property
+    def is_restricted(self) -> np.ndarray:
+        """Whether each band is restricted by a matrix of known blocks, bool (bands,)."""
+        known = np.array([m.allowed is not None for m in self.matrices] + [False])
+        return known[self.matrix]  # NO_MATRIX falls on the last
+
     def copies(self, group: int) -> int:
         """Layers of `dense()` that show a head group."""
         return max(self.heads[group], 1)
@@ -126,9 +132,9 @@ class Mask:
 
     def band_heads(self, q_heads: int) -> tuple[np.ndarray, np.ndarray]:
         """First and last + 1 query head of each band."""
-        end = np.cumsum(self.head_counts(q_heads))
-        first = end - self.head_counts(q_heads)
-        return first[self.group], end[self.group]
+        counts = self.head_counts(q_heads)
+        end = np.cumsum(counts)
+        return (end - counts)[self.group], end[self.group]
 
     def for_heads(self, q_heads: int, first: int, last: int) -> "Mask":
         """The mask of query heads [first, last) of `q_heads`, with those heads alone."""
@@ -170,6 +176,13 @@ class Mask:
     def __repr__(self) -> str:
         groups = f", head_groups={len(self.heads)}" if not self.is_uniform else ""
         return f"Mask({self.name}, seq_len={self.seq_len}, bands={len(self.bands)}{groups})"
+
+
+def positive(**values: int) -> None:
+    """Raises UserError for a value that is not a positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name}={value!r}", "must be a positive integer", f"pass {name} >= 1")
 
 
 def make_mask(seq_len: int, tables: Sequence[np.ndarray], name: str) -> Mask:

@@ -6,9 +6,9 @@ import numpy as np
 
 from ringattn import bands as band_ops
 from ringattn.bands import BAND, OPEN, band_columns
-from ringattn.errors import UserError
+from ringattn.errors import UserError, brief
 from ringattn.head_masks import blocks, per_head, routed
-from ringattn.mask import Mask, make_mask
+from ringattn.mask import Mask, make_mask, positive
 from ringattn.neighborhood import neighborhood_bands
 
 __all__ = [
@@ -34,12 +34,6 @@ __all__ = [
 ]
 
 
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name}={value!r}", "must be a positive integer", f"pass {name} >= 1")
-
-
 def _at_least_zero(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
@@ -54,17 +48,12 @@ def _offsets(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
         array = np.empty(0)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or (array < 1).any():
         raise UserError(
-            f"lengths={_brief(lengths)}",
+            f"lengths={brief(lengths)}",
             "must be a non-empty list of positive integers",
             "drop empty documents and pass one length per document",
         )
     stop = np.cumsum(array.astype(np.int64))
     return stop - array, stop, int(stop[-1])
-
-
-def _brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def from_bands(seq_len: int, rows, name: str = "bands") -> Mask:
@@ -77,7 +66,7 @@ def from_bands(seq_len: int, rows, name: str = "bands") -> Mask:
     Raises:
         UserError: a band leaves [0, S), has step < 1, or two bands overlap.
     """
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     table = rows if getattr(rows, "dtype", None) == BAND else band_ops.make_bands(rows)
     for index, b in enumerate(table):
         inside = b["q0"] >= 0 and b["q1"] <= seq_len and b["k0"] >= 0 and b["k1"] <= seq_len
@@ -102,19 +91,19 @@ def from_bands(seq_len: int, rows, name: str = "bands") -> Mask:
 
 def full(seq_len: int) -> Mask:
     """Every query attends every key."""
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     return make_mask(seq_len, [band_columns(0, seq_len, 0, seq_len)], "full")
 
 
 def causal(seq_len: int) -> Mask:
     """j <= i."""
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     return make_mask(seq_len, [band_columns(0, seq_len, 0, seq_len, hi=0)], "causal")
 
 
 def sliding_window(seq_len: int, left: int, right: int) -> Mask:
     """i - left <= j <= i + right. right=0 is a causal window of left + 1 keys."""
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     _at_least_zero(left=left, right=right)
     table = band_columns(0, seq_len, 0, seq_len, -left, right)
     return make_mask(seq_len, [table], "sliding_window")
@@ -137,7 +126,7 @@ def shared_question(lengths: Sequence[int]) -> Mask:
 
 def global_sliding(seq_len: int, width: int) -> Mask:
     """i < width (global rows), or j < width (global columns), or |i - j| <= width."""
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     _at_least_zero(width=width)
     g = min(width, seq_len)
     rows = band_columns(0, g, 0, seq_len)
@@ -156,7 +145,7 @@ def causal_blockwise(lengths: Sequence[int]) -> Mask:
 
 def prefix_lm(seq_len: int, prefix: int) -> Mask:
     """j < prefix, or j <= i."""
-    _positive(seq_len=seq_len)
+    positive(seq_len=seq_len)
     _at_least_zero(prefix=prefix)
     p = min(prefix, seq_len)
     columns = band_columns(0, seq_len, 0, p)
@@ -177,7 +166,7 @@ def prefix_lm_documents(lengths: Sequence[int], prefix: int) -> Mask:
 def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
     """Same document and block(j) <= block(i), blocks of `block` tokens counted in the document."""
     start, stop, total = _offsets(lengths)
-    _positive(block=block)
+    positive(block=block)
     which, number = band_ops.expand_ranges(
         np.zeros_like(start), band_ops.ceil_div(stop - start, block)
     )
@@ -188,7 +177,7 @@ def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
 
 def streaming(seq_len: int, sinks: int, window: int) -> Mask:
     """j <= i and (j < sinks or i - j < window): attention sinks plus a causal window."""
-    _positive(seq_len=seq_len, window=window)
+    positive(seq_len=seq_len, window=window)
     _at_least_zero(sinks=sinks)
     s = min(sinks, seq_len)
     first = band_columns(0, seq_len, 0, s, hi=0)
@@ -198,7 +187,7 @@ def streaming(seq_len: int, sinks: int, window: int) -> Mask:
 
 def dual_scope(seq_len: int, clip: int, context: int, stride: int) -> Mask:
     """Same clip of `clip` tokens, or |i - j| <= context, or j a multiple of stride."""
-    _positive(seq_len=seq_len, clip=clip, stride=stride)
+    positive(seq_len=seq_len, clip=clip, stride=stride)
     _at_least_zero(context=context)
     c0 = np.arange(0, seq_len, clip, dtype=np.int64)
     c1 = np.minimum(c0 + clip, seq_len)
@@ -255,7 +244,7 @@ def prefix_tree(lengths: Sequence[int], parents: Sequence[int]) -> Mask:
     )
     if not valid:
         raise UserError(
-            f"parents={_brief(parents)}",
+            f"parents={brief(parents)}",
             "must name for each segment an earlier segment, or -1 for a root",
             "order segments so that parents come before their children",
         )

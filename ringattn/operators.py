@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn.checks import check_blocks, check_softcap
+from ringattn.checks import check_blocks, check_softcap, is_plan, is_routed
 from ringattn.errors import UserError
 from ringattn.routing import selection_shape
 
@@ -83,9 +83,7 @@ def attention(
             "attention dropout is not supported: partial results would need one random stream",
             "pass 0 and drop elsewhere in the model",
         )
-    handle = getattr(plan, "handle", None)
-    if handle is None:
-        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
+    is_plan(plan)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if plan.mask.routing is not None and blocks is None:
@@ -97,7 +95,7 @@ def attention(
             "pass what ringattn.route gives",
         )
     saved = plan.saved_numel * q.shape[0]
-    return _attention(q, k, v, sinks, handle, scale, softcap or 0.0, blocks, saved)[0]
+    return _attention(q, k, v, sinks, plan.handle, scale, softcap or 0.0, blocks, saved)[0]
 
 
 def route(q: torch.Tensor, k: torch.Tensor, plan: "Plan") -> torch.Tensor:
@@ -117,12 +115,8 @@ def route(q: torch.Tensor, k: torch.Tensor, plan: "Plan") -> torch.Tensor:
     Raises:
         UserError: the plan's mask selects no blocks, or shapes do not fit.
     """
-    if getattr(plan, "handle", None) is None:
-        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
-    if plan.mask.routing is None:
-        raise UserError(
-            f"{plan.mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
-        )
+    is_plan(plan)
+    is_routed(plan.mask)
     shape = selection_shape(plan.mask, q.shape[2], k.shape[2])
     return _select_blocks(q.detach(), k.detach(), plan.handle, *shape)
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn.checks import check_tensors
+from ringattn.checks import check_tensors, is_routed
 from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.kernels.block_matrix import Selection
@@ -226,10 +226,7 @@ class Plan:
 
         All ranks communicate. The tables of a device are made at the first call.
         """
-        if self.mask.routing is None:
-            raise UserError(
-                f"{self.mask!r}", "selects no blocks at run time", "plan a ringattn.masks.routed"
-            )
+        is_routed(self.mask)
         self.check(q, k, k.new_empty((*k.shape[:3], self.context.head_dim[1])), None)
         device = q.device
         if not self._agreed:

@@ -3,10 +3,9 @@
 import numpy as np
 
 from ringattn.bands import ceil_div, expand_ranges
+from ringattn.bounds import SlotSizes
 from ringattn.errors import PlanError
-from ringattn.schedule import Channel, Op, Schedule
-
-ACCUMULATORS = (Channel.O, Channel.DQ, Channel.DKV)
+from ringattn.schedule import ACCUMULATORS, Channel, Op, Schedule
 
 
 def check_races(schedule: Schedule) -> None:
@@ -69,27 +68,13 @@ def _task_accesses(schedule: Schedule, channel: Channel) -> np.ndarray:
     table["r0"], table["r1"] = part[rows + "0"], part[rows + "1"]
     ratio = 1
     if rows == "k":
-        queries = _heads_at(schedule, part["rank"], Channel.Q, part["qslot"])
-        ratio = np.maximum(queries // _heads_at(schedule, part["rank"], channel, part[slot]), 1)
+        sizes = SlotSizes.of(schedule)
+        _, queries = sizes.at(part["rank"], Channel.Q, part["qslot"])
+        _, keys = sizes.at(part["rank"], int(channel), part[slot])
+        ratio = np.maximum(queries // keys, 1)
     table["h0"], table["h1"] = part["h0"] // ratio, ceil_div(part["h1"], ratio)
     table["t0"] = table["t1"] = part["step"]
     return table
-
-
-def _heads_at(
-    schedule: Schedule, rank: np.ndarray, channel: Channel, slot: np.ndarray
-) -> np.ndarray:
-    """Heads of slots."""
-    slots = schedule.slots
-    known = _place(slots["rank"], slots["channel"], slots["slot"])
-    order = np.argsort(known)
-    asked = _place(rank, int(channel), slot)
-    at = np.minimum(np.searchsorted(known[order], asked), max(len(known) - 1, 0))
-    home = np.full(len(asked), schedule.shapes.heads(channel))
-    if not len(known):
-        return home
-    found = order[at]
-    return np.where((slot > 0) & (known[found] == asked), slots["heads"][found], home)
 
 
 def _refuse_overlap(a: np.ndarray, b: np.ndarray, message: str) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ringattn import bands as band_ops
-from ringattn.bands import expand_ranges
 from ringattn.kernels.block_matrix import BlockMatrix
 from ringattn.kernels.merge import accumulator_dtype
 from ringattn.mask import Mask
+from ringattn.tiles import cropped_bands
 
 ROWS = 256  # query blocks scored at once, on every rank alike
 
@@ -41,12 +41,7 @@ def candidates_of(mask: Mask, device: torch.device) -> Candidates:
     """The blocks that may be selected under a routed mask."""
     matrix = run_time_matrix(mask)
     nq, nk = len(matrix.q_edges) - 1, len(matrix.k_edges) - 1
-    first = np.searchsorted(matrix.q_edges, mask.bands["q0"], side="right") - 1
-    last = np.searchsorted(matrix.q_edges, mask.bands["q1"], side="left")
-    which, block = expand_ranges(first, last)
-    part = mask.bands[which]
-    part["q0"] = np.maximum(part["q0"], matrix.q_edges[block])
-    part["q1"] = np.minimum(part["q1"], matrix.q_edges[block + 1])
+    part, block = cropped_bands(mask.bands, matrix.q_edges[:-1], matrix.q_edges[1:])
     part, kept = band_ops.tighten(part)
     marks = np.zeros((nq, nk + 1), dtype=np.int16)
     low = np.searchsorted(matrix.k_edges, part["k0"], side="right") - 1
@@ -137,23 +132,24 @@ def select_whole(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> torch.Tensor:
     matrix, per_head = run_time_matrix(mask), mask.routing.per_head
     heads = selecting_heads(q.detach(), k.shape[2], per_head)
     keys = k.detach().to(accumulator_dtype(k.dtype))
-    q_blocks, k_blocks = (
-        average(x[:, index], held)
-        for x, (index, held) in (
-            (heads, block_rows(matrix.q_edges, q.device)),
-            (keys, block_rows(matrix.k_edges, q.device)),
-        )
-    )
+
+    def averaged(x: torch.Tensor, edges: np.ndarray) -> torch.Tensor:
+        tokens, held = (torch.from_numpy(t).to(q.device) for t in block_places(edges))
+        return average(x[:, tokens], held)
+
+    q_blocks, k_blocks = averaged(heads, matrix.q_edges), averaged(keys, matrix.k_edges)
     return select(q_blocks, k_blocks, candidates_of(mask, q.device), mask.routing.top_k)
 
 
-def block_rows(edges: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of each block, int64 (blocks, size), and which places of it are held, bool."""
-    size = int(np.diff(edges).max())
-    place = edges[:-1, None] + np.arange(size)
-    held = place < edges[1:, None]
-    index = np.where(held, place, edges[:-1, None])
-    return torch.from_numpy(index).to(device), torch.from_numpy(held).to(device)
+def block_places(
+    edges: np.ndarray, chosen: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the places of blocks (of all, or the chosen ones), int64 (blocks, size), and which
+    places are held, bool; others name the block's first token."""
+    first, last = (edges[:-1], edges[1:]) if chosen is None else (edges[chosen], edges[chosen + 1])
+    tokens = first[:, None] + np.arange(int(np.diff(edges).max()))
+    held = tokens < last[:, None]
+    return np.where(held, tokens, first[:, None]), held
 
 
 def selected_layers(mask: Mask, selection: torch.Tensor, q_heads: int) -> torch.Tensor:

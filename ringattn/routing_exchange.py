@@ -13,6 +13,7 @@ from ringattn.mask import Mask
 from ringattn.routing import (
     Candidates,
     average,
+    block_places,
     candidates_of,
     run_time_matrix,
     select,
@@ -28,9 +29,9 @@ class Pooling:
         whole, whole_held: rows of the blocks that this rank holds entirely, (blocks, size).
         loose: this rank's rows of other blocks.
         sent: most items (averages and rows) that any rank sends.
-        counts: items of every rank.
-        block: where averages lie among all items, and block: which block each is.
+        average_item, average_block: where averages lie among all items, and of which blocks.
         cut, cut_held, cut_block: items that are rows of each cut block, (blocks, size).
+        blocks: how many there are.
     """
 
     whole: torch.Tensor
@@ -47,7 +48,7 @@ class Pooling:
 
 def pooling_of(layout: Layout, edges: np.ndarray, rank: int, device: torch.device) -> Pooling:
     """The tables of a rank for blocks with these edges; pure host work."""
-    blocks, size = len(edges) - 1, int(np.diff(edges).max())
+    blocks = len(edges) - 1
     rank_of = np.empty(layout.seq_len, dtype=np.int64)
     row_of = np.empty(layout.seq_len, dtype=np.int64)
     for r in range(layout.world):
@@ -65,25 +66,20 @@ def pooling_of(layout: Layout, edges: np.ndarray, rank: int, device: torch.devic
         item[tokens] = r * sent + len(averages[r]) + np.arange(len(tokens))
     cut_block = np.flatnonzero(~one_rank)
 
-    def places(chosen: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens = edges[chosen][:, None] + np.arange(size)
-        held = tokens < edges[chosen + 1][:, None]
-        return table[np.where(held, tokens, edges[chosen][:, None])], held
-
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
-    whole, whole_held = places(averages[rank], row_of)
-    cut, cut_held = places(cut_block, item)
+    whole, whole_held = block_places(edges, averages[rank])
+    cut, cut_held = block_places(edges, cut_block)
     at = [r * sent + np.arange(len(a)) for r, a in enumerate(averages)]
     return Pooling(
-        whole=tensor(whole),
+        whole=tensor(row_of[whole]),
         whole_held=tensor(whole_held),
         loose=tensor(row_of[rows[rank]]),
         sent=sent,
         average_item=tensor(np.concatenate(at)),
         average_block=tensor(np.concatenate(averages)),
-        cut=tensor(cut),
+        cut=tensor(item[cut]),
         cut_held=tensor(cut_held),
         cut_block=tensor(cut_block),
         blocks=blocks,

@@ -34,6 +34,9 @@ class Channel(IntEnum):
     DKV = 4
 
 
+ACCUMULATORS = (Channel.O, Channel.DQ, Channel.DKV)  # channels of results, which are added up
+
+
 class Op(IntEnum):
     """How a payload meets its destination rows."""
 
@@ -199,7 +202,7 @@ class Schedule:
         mine = self.slots[(self.slots["rank"] == rank) & (self.slots["slot"] > 0)]
         total = 0
         for slot in mine:
-            accumulates = slot["channel"] in (Channel.O, Channel.DQ, Channel.DKV)
+            accumulates = slot["channel"] in ACCUMULATORS
             wire = Wire.ACCUMULATOR if accumulates else Wire.INPUT
             size = self.shapes.row_bytes(int(slot["channel"]), self.direction, wire)
             total += int(slot["rows"] * slot["heads"]) * size

@@ -13,13 +13,14 @@ import numpy as np
 
 from ringattn.bands import BAND_FIELDS, ceil_div
 from ringattn.bounds import check_bounds
-from ringattn.errors import PlanError, UserError
+from ringattn.checks import is_plan
+from ringattn.errors import PlanError
 from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, allowed_pairs
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.plan import Plan
-from ringattn.races import ACCUMULATORS, check_races
-from ringattn.schedule import Channel, Op, Schedule, bands_of
+from ringattn.races import check_races
+from ringattn.schedule import ACCUMULATORS, Channel, Op, Schedule, bands_of
 
 _SINK = 2  # salt of the weights that outputs at home start from
 _WAITING = -2  # less an id: the row's saved tensors are there, the others are not
@@ -255,7 +256,6 @@ def _whole_tile(mask: Mask, index: int) -> tuple[np.void, BlockMatrix | None]:
 
 def verify(plan: Plan) -> None:
     """Proves both schedules of a plan on integers. Raises PlanError with the first difference."""
-    if not isinstance(plan, Plan):
-        raise UserError(f"plan={plan!r}", "must be a ringattn.Plan", "make one with cp.plan(mask)")
+    is_plan(plan)
     forward = verify_schedule(plan.forward, plan.mask, plan.layout)
     verify_schedule(plan.backward, plan.mask, plan.layout, forward)

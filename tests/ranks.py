@@ -16,7 +16,6 @@ import faulthandler
 import os
 import pickle
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from ringattn.parallel.processes import exit_with_parent
 
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # longer than any test: the pool's own timeout rules
@@ -168,7 +169,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stack: Conne
     """One rank's main loop: joins the group, then answers calls until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when ranks end
     faulthandler.register(signal.SIGUSR1, file=stack.fileno(), all_threads=False)
-    _exit_with_parent()
+    exit_with_parent()
     torch.set_num_threads(1)
     broken = None
     try:
@@ -196,18 +197,6 @@ def _answer(rank: int, world_size: int, call: bytes, broken: str | None) -> byte
         return pickle.dumps((True, fn(rank, world_size, dist.group.WORLD, *args, **kwargs)))
     except BaseException:  # a failed assertion, SystemExit and pytest's own outcomes are all news
         return pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
-
-
-def _exit_with_parent() -> None:
-    """Ends this rank when the test session dies, even while it waits in a collective."""
-    parent = mp.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
 
 
 _POOLS: dict[int, RankPool] = {}

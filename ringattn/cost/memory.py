@@ -2,15 +2,13 @@
 
 import numpy as np
 
-from ringattn.schedule import Channel, Schedule, Wire
-
-_RESULTS = (Channel.O, Channel.DQ, Channel.DKV)
+from ringattn.schedule import ACCUMULATORS, Channel, Schedule, Wire
 
 
 def peak_bytes(schedule: Schedule) -> np.ndarray:
     """`schedule.peak_bytes` of every rank: slots beyond home and messages in flight; int64 (P,)."""
     shapes, world = schedule.shapes, schedule.world
-    wires = [Wire.ACCUMULATOR if c in _RESULTS else Wire.INPUT for c in Channel]
+    wires = [Wire.ACCUMULATOR if c in ACCUMULATORS else Wire.INPUT for c in Channel]
     rows = zip(Channel, wires, strict=True)
     size = np.array([shapes.row_bytes(c, schedule.direction, wire) for c, wire in rows])
     slots = schedule.slots[schedule.slots["slot"] > 0]

@@ -300,10 +300,8 @@ def finish(
         tasks["area"][index] = piece_area(mask, tasks[index], bands_of(tasks[index : index + 1]))
     tasks["cost"] = tasks["area"] + EDGE * (_spans(tasks, "q") + _spans(tasks, "k"))
     nsteps = compact(tasks, moves)
-    tasks, moves = (
-        tasks[_task_order(tasks, problem.world)],
-        moves[_move_order(moves, problem.world)],
-    )
+    tasks = _taken(tasks, _task_order(tasks, problem.world))
+    moves = _taken(moves, _move_order(moves, problem.world))
     for table in (tasks, moves):
         table.setflags(write=False)
     if slot_heads is None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ringattn.schedule import SLOT, Channel, Op
-from ringattn.verify import ACCUMULATORS
+from ringattn.schedule import ACCUMULATORS, SLOT, Channel, Op
 
 NEVER = 1 << 20  # later than any step
 TRIES = 6  # places looked at before a new slot is opened

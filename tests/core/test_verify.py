@@ -9,8 +9,9 @@ import pytest
 import ringattn as ra
 from ringattn import PlanError, layouts, masks
 from ringattn.methods import METHODS
+from ringattn.races import check_races
 from ringattn.schedule import Channel, Op, Schedule
-from ringattn.verify import check_races, verify_schedule
+from ringattn.verify import verify_schedule
 from tests.core.cases import plan_of, problem
 from tests.core.handmade import travelling_queries
 
