@@ -7,463 +7,188 @@ program per block of query rows and head for dq alone; both together take seven 
 written by one program, so that results repeat bit by bit. Formulas as in FlashAttention-2 (arXiv
 2307.08691, section 3.1.2), with the lse and delta of the whole sequence as inputs.
 
-lse comes in base 2, with +inf for rows without keys, whose probabilities then vanish.
+`stats` is float32 (2, B, Hq, Tq): lse in base 2, with +inf for rows without keys, whose
+probabilities then vanish, and delta.
 """
 
 import triton
 import triton.language as tl
 
-from ringattn.kernels.triton_forward import LOG2_E, inside_band, load_rows, run_bounds, squash
+from ringattn.kernels.triton_parts import (
+    band_scores,
+    end_rows,
+    inside_band,
+    load_rows,
+    load_work,
+    run_bounds,
+    start_rows,
+)
 
 
 @triton.jit
-def _scores(product, scale, softcap, SOFTCAP: tl.constexpr):
-    """(base-2 scores, d score / d (scaled product)) of q·k products; the slope is 1 uncapped."""
-    if SOFTCAP:
-        squashed = squash(product, scale, softcap)
-        return squashed * (softcap * LOG2_E), 1.0 - squashed * squashed
-    else:
-        return product * (scale * LOG2_E), 1.0
+def _stats_at(stats, batch, head):
+    """Pointers to row 0 of a head's lse and delta."""
+    tensor, plane, s_batch, s_head = stats
+    base = tensor + tl.cast(batch, tl.int64) * s_batch + tl.cast(head, tl.int64) * s_head
+    return base, base + plane
 
 
 @triton.jit
 def _key_block(
-    dk,
-    dv,
-    k,
-    v,
-    q_base,
-    dout_base,
-    stat_base,
-    dq_base,
-    q_offsets,
-    dout_offsets,
-    dq_offsets,
-    stat_plane,
-    refs,
-    ref,
-    masked,
-    row,
-    start,
-    end,
-    q_row,
-    dout_row,
-    dq_row,
-    scale,
-    softcap,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ADD_DQ: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the gradients of one block of query rows [start, end) to dk, dv, and dq in memory."""
-    dims, value_dims = tl.arange(0, BD), tl.arange(0, BE)
+    grads, k, v, q, dout, dq, stats_at, at, refs, ref, masked, row, row_end, start, end,
+    scale, softcap,
+    STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradients of one block of query rows [start, end) to (dk, dv), and dq in memory."""
+    dk, dv = grads
+    batch, head = at
     column = start + tl.arange(0, COLUMNS) * STEP
     present = column < end
-    q = load_rows(q_base + tl.cast(start, tl.int64) * q_row, q_offsets, present, dims, D, BD)
-    lse = tl.load(stat_base + column, mask=present, other=float("inf"))
-    product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    score, slope = _scores(product, scale, softcap, SOFTCAP)
+    queries = load_rows(q, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
+    lse = tl.load(stats_at[0] + column, mask=present, other=float("inf"))
+    product = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+    score, slope = band_scores(product, scale, softcap, SOFTCAP)
     prob = tl.exp2(score - lse[None, :])
     if masked:
-        prob = tl.where(inside_band(refs, ref, row, column), prob, 0.0)
-    dout = load_rows(
-        dout_base + tl.cast(start, tl.int64) * dout_row, dout_offsets, present, value_dims, E, BE
-    )
-    dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    delta = tl.load(stat_base + stat_plane + column, mask=present, other=0.0)
-    dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    dscore = (prob * (dprob - delta[None, :]) * slope).to(q.dtype)
-    dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
+        allowed = inside_band(refs, ref, row, column, end) & (row < row_end)[:, None]
+        prob = tl.where(allowed, prob, 0.0)
+    douts = load_rows(dout, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
+    dv = tl.dot(prob.to(douts.dtype), douts, dv, input_precision=PRECISION)
+    delta = tl.load(stats_at[1] + column, mask=present, other=0.0)
+    dprob = tl.dot(v, tl.trans(douts), input_precision=PRECISION)
+    dscore = (prob * (dprob - delta[None, :]) * slope).to(queries.dtype)
+    dk = tl.dot(dscore, queries, dk, input_precision=PRECISION)
     if ADD_DQ:
-        dq = tl.dot(tl.trans(dscore), k, input_precision=PRECISION) * scale
-        stored = present[:, None] & (dims < D)[None, :]
-        tl.atomic_add(
-            dq_base + tl.cast(start, tl.int64) * dq_row + dq_offsets, dq, mask=stored, sem="relaxed"
-        )
+        part = tl.dot(tl.trans(dscore), k, input_precision=PRECISION) * scale
+        if REDUCE:
+            dq[0].atomic_add(
+                [batch, start, tl.cast(head, tl.int32), 0],
+                tl.reshape(part, [1, COLUMNS, 1, BD]),
+            )
+        else:
+            end_rows(dq, batch, start, head, end, part, STEP, D, BD, COLUMNS, OFFSET, True)
     return dk, dv
 
 
 @triton.jit
 def band_backward_keys(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    stat_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    works,
-    items,
-    refs,
-    ranges,
-    entries,
-    q_batch,
-    q_row,
-    q_head,
-    k_batch,
-    k_row,
-    k_head,
-    v_batch,
-    v_row,
-    v_head,
-    dout_batch,
-    dout_row,
-    dout_head,
-    stat_plane,
-    stat_batch,
-    stat_head,
-    dq_batch,
-    dq_row,
-    dq_head,
-    dk_batch,
-    dk_row,
-    dk_head,
-    dv_batch,
-    dv_row,
-    dv_head,
-    range_batch,
-    group,
-    scale,
-    softcap,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LISTED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ADD_DQ: tl.constexpr,
-    SHARED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """See the module docstring. Grid (works, B); `works` rows: item, query heads h0 and h1, list.
+    q, k, v, dout, stats, dq, dk, dv,
+    works, items, refs, ranges, entries, range_batch, group, scale, softcap,
+    STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    ADD_DQ: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    TMA: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """See the module docstring. Grid (works, B); `works` rows: item, query heads h0, h1, list.
 
-    stat: float32 (2, B, Hq, Tq), lse in base 2 and delta. dq, dk, dv: float32 accumulators. SHARED:
-    several programs add to the same rows of dk and dv.
+    Operands as in `triton_parts`; dk and dv, float32, are never descriptors. SHARED: several
+    programs add to the same rows of dk and dv. REDUCE: dq is a descriptor.
     """
-    work = works + 4 * tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    item, h0, h1 = tl.load(work), tl.load(work + 1), tl.load(work + 2)
+    batch = tl.program_id(1)
+    item, h0, h1, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
-    index = tl.arange(0, ROWS)
-    dims, value_dims = tl.arange(0, BD), tl.arange(0, BE)
-    live = index < count
-    wide = index.to(OFFSET)
-    row = row0 + index * STEP
-    row_last = row0 + (count - 1) * STEP
-    origin = row0.to(tl.int64)
-
-    key_head = (h0 // group).to(tl.int64)
-    k_base = k_ptr + batch * k_batch + key_head * k_head + origin * k_row
-    v_base = v_ptr + batch * v_batch + key_head * v_head + origin * v_row
-    k = load_rows(k_base, wide[:, None] * (STEP * k_row) + dims[None, :], live, dims, D, BD)
-    v_offsets = wide[:, None] * (STEP * v_row) + value_dims[None, :]
-    v = load_rows(v_base, v_offsets, live, value_dims, E, BE)
-    dk = tl.zeros([ROWS, BD], dtype=tl.float32)
-    dv = tl.zeros([ROWS, BE], dtype=tl.float32)
-
-    column = tl.arange(0, COLUMNS).to(OFFSET)[:, None] * STEP
-    q_offsets = column * q_row + dims[None, :]
-    dout_offsets = column * dout_row + value_dims[None, :]
-    dq_offsets = column * dq_row + dims[None, :]
-    for h in range(h0, h1):
-        head = tl.cast(h, tl.int64)
-        q_base = q_ptr + batch * q_batch + head * q_head
-        dout_base = dout_ptr + batch * dout_batch + head * dout_head
-        stat_base = stat_ptr + batch * stat_batch + head * stat_head
-        dq_base = dq_ptr + batch * dq_batch + head * dq_head
+    row = row0 + tl.arange(0, ROWS) * STEP
+    row_end = row0 + count * STEP
+    key_head = h0 // group
+    keys = load_rows(k, batch, row0, key_head, row_end, STEP, D, BD, ROWS, OFFSET, False)
+    values = load_rows(v, batch, row0, key_head, row_end, STEP, E, BE, ROWS, OFFSET, False)
+    dk_rows = start_rows(dk, batch, row0, key_head, row_end, STEP, D, BD, ROWS, OFFSET, SHARED)
+    dv_rows = start_rows(dv, batch, row0, key_head, row_end, STEP, E, BE, ROWS, OFFSET, SHARED)
+    grads = (dk_rows / scale, dv_rows)
+    partial = count < ROWS
+    for head in range(h0, h1):
+        at = (batch, head)
+        stats_at = _stats_at(stats, batch, head)
         if LISTED:
-            at = ranges + 2 * (batch * range_batch + tl.load(work + 3) + item)
-            for n in range(tl.load(at), tl.load(at + 1)):
+            listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
+            for n in range(tl.load(listed), tl.load(listed + 1)):
                 start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
                 ref = tl.load(entries + 3 * n + 2)
-                dk, dv = _key_block(
-                    dk,
-                    dv,
-                    k,
-                    v,
-                    q_base,
-                    dout_base,
-                    stat_base,
-                    dq_base,
-                    q_offsets,
-                    dout_offsets,
-                    dq_offsets,
-                    stat_plane,
-                    refs,
-                    ref,
-                    ref >= 0,
-                    row,
-                    start,
-                    end,
-                    q_row,
-                    dout_row,
-                    dq_row,
-                    scale,
-                    softcap,
-                    STEP,
-                    D,
-                    E,
-                    BD,
-                    BE,
-                    COLUMNS,
-                    SOFTCAP,
-                    ADD_DQ,
-                    PRECISION,
-                )
+                grads = _key_block(
+                    grads, keys, values, q, dout, dq, stats_at, at, refs, tl.maximum(ref, 0),
+                    ref >= 0, row, row_end, start, end, scale, softcap,
+                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                        REDUCE,
+                )  # fmt: skip
         else:
             for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
-                first, end, full0, full1 = run_bounds(refs, ref, row0, row_last, STEP)
+                first, end, full0, full1 = run_bounds(refs, ref, row0, row_end, STEP)
                 for start in range(first, end, COLUMNS * STEP):
-                    dk, dv = _key_block(
-                        dk,
-                        dv,
-                        k,
-                        v,
-                        q_base,
-                        dout_base,
-                        stat_base,
-                        dq_base,
-                        q_offsets,
-                        dout_offsets,
-                        dq_offsets,
-                        stat_plane,
-                        refs,
-                        ref,
-                        (start < full0) | (start + (COLUMNS - 1) * STEP > full1),
-                        row,
-                        start,
-                        end,
-                        q_row,
-                        dout_row,
-                        dq_row,
-                        scale,
-                        softcap,
-                        STEP,
-                        D,
-                        E,
-                        BD,
-                        BE,
-                        COLUMNS,
-                        SOFTCAP,
-                        ADD_DQ,
-                        PRECISION,
-                    )
-    dk_base = dk_ptr + batch * dk_batch + key_head * dk_head + origin * dk_row
-    dv_base = dv_ptr + batch * dv_batch + key_head * dv_head + origin * dv_row
-    _add(dk_base, wide, STEP * dk_row, live, dk * scale, dims, D, SHARED)
-    _add(dv_base, wide, STEP * dv_row, live, dv, value_dims, E, SHARED)
-
-
-@triton.jit
-def _add(base, index, pitch, live, value, dims, WIDTH: tl.constexpr, SHARED: tl.constexpr):
-    """Adds rows to an accumulator; with atomics where it is SHARED."""
-    at = base + index[:, None] * pitch + dims[None, :]
-    stored = live[:, None] & (dims < WIDTH)[None, :]
-    if SHARED:
-        tl.atomic_add(at, value, mask=stored, sem="relaxed")
-    else:
-        tl.store(at, tl.load(at, mask=stored, other=0.0) + value, mask=stored)
+                    masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1) | partial
+                    grads = _key_block(
+                        grads, keys, values, q, dout, dq, stats_at, at, refs, ref,
+                        masked, row, row_end, start, end, scale, softcap,
+                        STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                        REDUCE,
+                    )  # fmt: skip
+    dk_rows, dv_rows = grads[0] * scale, grads[1]
+    end_rows(dk, batch, row0, key_head, row_end, dk_rows, STEP, D, BD, ROWS, OFFSET, SHARED)
+    end_rows(dv, batch, row0, key_head, row_end, dv_rows, STEP, E, BE, ROWS, OFFSET, SHARED)
 
 
 @triton.jit
 def _query_block(
-    dq,
-    q,
-    dout,
-    lse,
-    delta,
-    k_base,
-    v_base,
-    k_offsets,
-    v_offsets,
-    refs,
-    ref,
-    masked,
-    row,
-    start,
-    end,
-    k_row,
-    v_row,
-    scale,
-    softcap,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dq, q, dout, lse, delta, k, v, at, refs, ref, masked, row, start, end, scale, softcap,
+    STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Adds the gradient through one block of keys [start, end) to dq, which is not yet scaled."""
-    column = start + tl.arange(0, COLUMNS) * STEP
-    present = column < end
-    k = load_rows(k_base + tl.cast(start, tl.int64) * k_row, k_offsets, present, tl.arange(0, BD), D, BD)
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    score, slope = _scores(product, scale, softcap, SOFTCAP)
+    batch, head = at
+    keys = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
+    product = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    score, slope = band_scores(product, scale, softcap, SOFTCAP)
     prob = tl.exp2(score - lse[:, None])
     if masked:
-        allowed = inside_band(refs, ref, row, column) & present[None, :]
-        prob = tl.where(allowed, prob, 0.0)
-    v = load_rows(v_base + tl.cast(start, tl.int64) * v_row, v_offsets, present, tl.arange(0, BE), E, BE)
-    dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    dscore = (prob * (dprob - delta[:, None]) * slope).to(k.dtype)
-    return tl.dot(dscore, k, dq, input_precision=PRECISION)
+        column = start + tl.arange(0, COLUMNS) * STEP
+        prob = tl.where(inside_band(refs, ref, row, column, end), prob, 0.0)
+    values = load_rows(v, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
+    dprob = tl.dot(dout, tl.trans(values), input_precision=PRECISION)
+    dscore = (prob * (dprob - delta[:, None]) * slope).to(keys.dtype)
+    return tl.dot(dscore, keys, dq, input_precision=PRECISION)
 
 
 @triton.jit
 def band_backward_queries(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    stat_ptr,
-    dq_ptr,
-    works,
-    items,
-    refs,
-    ranges,
-    entries,
-    q_batch,
-    q_row,
-    q_head,
-    k_batch,
-    k_row,
-    k_head,
-    v_batch,
-    v_row,
-    v_head,
-    dout_batch,
-    dout_row,
-    dout_head,
-    stat_plane,
-    stat_batch,
-    stat_head,
-    dq_batch,
-    dq_row,
-    dq_head,
-    range_batch,
-    group,
-    scale,
-    softcap,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LISTED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """See the module docstring. Grid and `works` as in `band_forward`; stat as in the other."""
-    work = works + 4 * tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    item, head = tl.load(work), tl.load(work + 1).to(tl.int64)
+    q, k, v, dout, stats, dq,
+    works, items, refs, ranges, entries, range_batch, group, scale, softcap,
+    STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """See the module docstring. Grid and `works` as in `band_forward`; dq is never a descriptor."""
+    batch = tl.program_id(1)
+    item, head, _, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
-    index = tl.arange(0, ROWS)
-    dims, value_dims = tl.arange(0, BD), tl.arange(0, BE)
-    live = index < count
-    wide = index.to(OFFSET)
-    row = row0 + index * STEP
-    row_last = row0 + (count - 1) * STEP
-    origin = row0.to(tl.int64)
-
-    q_base = q_ptr + batch * q_batch + head * q_head + origin * q_row
-    q = load_rows(q_base, wide[:, None] * (STEP * q_row) + dims[None, :], live, dims, D, BD)
-    dout_base = dout_ptr + batch * dout_batch + head * dout_head + origin * dout_row
-    dout_offsets = wide[:, None] * (STEP * dout_row) + value_dims[None, :]
-    dout = load_rows(dout_base, dout_offsets, live, value_dims, E, BE)
-    stat_base = stat_ptr + batch * stat_batch + head * stat_head
-    lse = tl.load(stat_base + row, mask=live, other=float("inf"))
-    delta = tl.load(stat_base + stat_plane + row, mask=live, other=0.0)
-    dq = tl.zeros([ROWS, BD], dtype=tl.float32)
-
-    key_head = head // group
-    k_base = k_ptr + batch * k_batch + key_head * k_head
-    v_base = v_ptr + batch * v_batch + key_head * v_head
-    column = tl.arange(0, COLUMNS).to(OFFSET)[:, None] * STEP
-    k_offsets = column * k_row + dims[None, :]
-    v_offsets = column * v_row + value_dims[None, :]
+    row = row0 + tl.arange(0, ROWS) * STEP
+    row_end = row0 + count * STEP
+    queries = load_rows(q, batch, row0, head, row_end, STEP, D, BD, ROWS, OFFSET, False)
+    douts = load_rows(dout, batch, row0, head, row_end, STEP, E, BE, ROWS, OFFSET, False)
+    stats_at = _stats_at(stats, batch, head)
+    lse = tl.load(stats_at[0] + row, mask=row < row_end, other=float("inf"))
+    delta = tl.load(stats_at[1] + row, mask=row < row_end, other=0.0)
+    grad = start_rows(dq, batch, row0, head, row_end, STEP, D, BD, ROWS, OFFSET, False) / scale
+    at = (batch, head // group)
     if LISTED:
-        at = ranges + 2 * (batch * range_batch + tl.load(work + 3) + item)
-        for n in range(tl.load(at), tl.load(at + 1)):
+        listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
+        for n in range(tl.load(listed), tl.load(listed + 1)):
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
-            dq = _query_block(
-                dq,
-                q,
-                dout,
-                lse,
-                delta,
-                k_base,
-                v_base,
-                k_offsets,
-                v_offsets,
-                refs,
-                ref,
-                ref >= 0,
-                row,
-                start,
-                end,
-                k_row,
-                v_row,
-                scale,
-                softcap,
-                STEP,
-                D,
-                E,
-                BD,
-                BE,
-                COLUMNS,
-                SOFTCAP,
-                PRECISION,
-            )
+            grad = _query_block(
+                grad, queries, douts, lse, delta, k, v, at, refs, ref, ref >= 0, row, start, end,
+                scale, softcap,
+                STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+            )  # fmt: skip
     else:
         for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
-            first, end, full0, full1 = run_bounds(refs, ref, row0, row_last, STEP)
+            first, end, full0, full1 = run_bounds(refs, ref, row0, row_end, STEP)
             for start in range(first, end, COLUMNS * STEP):
-                dq = _query_block(
-                    dq,
-                    q,
-                    dout,
-                    lse,
-                    delta,
-                    k_base,
-                    v_base,
-                    k_offsets,
-                    v_offsets,
-                    refs,
-                    ref,
-                    (start < full0) | (start + (COLUMNS - 1) * STEP > full1),
-                    row,
-                    start,
-                    end,
-                    k_row,
-                    v_row,
-                    scale,
-                    softcap,
-                    STEP,
-                    D,
-                    E,
-                    BD,
-                    BE,
-                    COLUMNS,
-                    SOFTCAP,
-                    PRECISION,
-                )
-    dq_base = dq_ptr + batch * dq_batch + head * dq_head + origin * dq_row
-    _add(dq_base, wide, STEP * dq_row, live, dq * scale, dims, D, False)
+                masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
+                grad = _query_block(
+                    grad, queries, douts, lse, delta, k, v, at, refs, ref, masked, row, start, end,
+                    scale, softcap,
+                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+                )  # fmt: skip
+    end_rows(dq, batch, row0, head, row_end, grad * scale, STEP, D, BD, ROWS, OFFSET, False)

@@ -7,10 +7,7 @@ at run time become lists made on the device (`routed_lists`). See `triton_forwar
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,79 +15,15 @@ import torch
 from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.merge import NO_KEY
-from ringattn.kernels.routed_lists import RoutedItems, routed_items, routed_work
+from ringattn.kernels.routed_lists import routed_work
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
-from ringattn.kernels.work_items import build_items, head_segments, transposed
-from ringattn.kernels.work_lists import (
-    WorkList,
-    head_groups,
-    ordered_works,
-    single_heads,
-    work_list,
-)
+from ringattn.kernels.triton_launch import interpreted, launch
+from ringattn.kernels.triton_tiles import TritonTiles
+from ringattn.kernels.work_lists import WorkList
 
 MOST_DIM = 256
 FEW_PROGRAMS = 2
 """With fewer programs per multiprocessor, query heads of a group become programs of their own."""
-
-
-@dataclass(frozen=True, eq=False)
-class TritonTiles:
-    """A tile list, and its work lists by block sizes, made when they are first asked for."""
-
-    bands: np.ndarray
-    routed: BlockTiles | None
-    device: torch.device
-    lists: dict[Any, Any] = field(default_factory=dict)
-
-    def queries(self, config: BlockConfig) -> list[WorkList]:
-        """Work lists over query rows."""
-        key = ("queries", config.rows, config.columns)
-        if key not in self.lists:
-            self.lists[key] = [
-                work_list(items, ordered_works(items, single_heads), config.columns, self.device)
-                for items in build_items(self.bands, config.rows, config.columns)
-            ]
-        return self.lists[key]
-
-    def routed_items(self, rows: int, *, by_queries: bool) -> list[RoutedItems]:
-        """The items of run-time blocks."""
-        if self.routed is None:
-            return []
-        key = ("routed", rows, by_queries)
-        if key not in self.lists:
-            self.lists[key] = routed_items(self.routed, rows, by_queries=by_queries)
-        return self.lists[key]
-
-    def keys(
-        self, config: BlockConfig, group: int, few: int, deterministic: bool
-    ) -> list[tuple[WorkList, bool]]:
-        """Work lists over key rows, and whether their programs share rows of dk and dv.
-
-        Below `few` programs, every query head is one of its own. A deterministic list shares none:
-        where heads of one group have unequal tiles, they take their turns.
-        """
-        key = ("keys", config.rows, config.columns, group, few, deterministic)
-        if key not in self.lists:
-            self.lists[key] = self._keys(config, group, few, deterministic)
-        return self.lists[key]
-
-    def _keys(
-        self, config: BlockConfig, group: int, few: int, deterministic: bool
-    ) -> list[tuple[WorkList, bool]]:
-        tiles = transposed(self.bands)
-        apart = bool(((tiles["h0"] % group) | (tiles["h1"] % group)).any())
-        tables = list(head_segments(tiles)) if apart and deterministic else [tiles]
-        result = []
-        for table in tables:
-            for items in build_items(table, config.rows, config.columns):
-                works = ordered_works(items, head_groups(group))
-                split = group > 1 and len(works) < few and not deterministic
-                if split:
-                    works = ordered_works(items, single_heads)
-                made = work_list(items, works, config.columns, self.device)
-                result.append((made, split or (apart and not deterministic)))
-        return result
 
 
 class TritonBandKernel:
@@ -120,7 +53,7 @@ class TritonBandKernel:
             return f"head dims {head_dim} are not between 1 and {MOST_DIM}"
         if find_spec("triton") is None:
             return "triton is not installed"
-        if device != "cuda" and not (device == "cpu" and _interpreted()):
+        if device != "cuda" and not (device == "cpu" and interpreted()):
             return f"device {device} is not a CUDA device"
         return None
 
@@ -146,20 +79,10 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.forward`."""
-        from ringattn.kernels.triton_forward import band_forward
-
         q, k, v = (_unit_stride(x) for x in (q, k, v))
         config, group = self._config("forward", q, v), q.shape[2] // k.shape[2]
         for work in self._query_lists(prepared, config, group, selection):
-            launch(
-                band_forward,
-                work,
-                config,
-                (q, k, v, out, lse),
-                (*_strides(q, k, v, out, lse), work.range_batch, group),
-                (scale, softcap),
-                head_dim=(q.shape[3], v.shape[3]),
-            )
+            launch("forward", work, config, (q, k, v, out, lse), group, scale, softcap)
 
     def backward(
         self,
@@ -179,38 +102,27 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.backward`."""
-        from ringattn.kernels.triton_backward import band_backward_keys, band_backward_queries
-
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = _statistics(lse, delta)
         group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * _processors(q.device) // q.shape[0]
-        config = self._config("keys", q, v)
-        strides = (*_strides(q, k, v, dout), *stats.stride()[:3])
+        config, repeatable = self._config("keys", q, v), self.deterministic
         for work, shared in self._key_lists(prepared, config, group, few, selection):
             launch(
-                band_backward_keys,
+                "keys",
                 work,
                 config,
                 (q, k, v, dout, stats, dq, dk, dv),
-                (*strides, *_strides(dq, dk, dv), work.range_batch, group),
-                (scale, softcap),
-                head_dim=(q.shape[3], v.shape[3]),
-                ADD_DQ=not self.deterministic,
+                group,
+                scale,
+                softcap,
+                ADD_DQ=not repeatable,
                 SHARED=shared,
             )
-        if not self.deterministic:
+        if not repeatable:
             return
         config = self._config("queries", q, v)
         for work in self._query_lists(prepared, config, group, selection):
-            launch(
-                band_backward_queries,
-                work,
-                config,
-                (q, k, v, dout, stats, dq),
-                (*strides, *_strides(dq), work.range_batch, group),
-                (scale, softcap),
-                head_dim=(q.shape[3], v.shape[3]),
-            )
+            launch("queries", work, config, (q, k, v, dout, stats, dq), group, scale, softcap)
 
     @property
     def deterministic(self) -> bool:
@@ -256,49 +168,6 @@ class TritonBandKernel:
             )
 
 
-def launch(
-    function: Any,
-    work: WorkList,
-    config: BlockConfig,
-    tensors: tuple[torch.Tensor, ...],
-    numbers: tuple[int, ...],
-    options: tuple[float, float | None],
-    head_dim: tuple[int, int],
-    **constants: bool,
-) -> None:
-    """Starts one of the kernels over a work list."""
-    import triton
-    from triton import language as tl
-
-    scale, softcap = options
-    reach = config.rows * work.step * max(t.stride(1) for t in tensors)
-    reach = max(reach, config.columns * work.step * max(t.stride(1) for t in tensors))
-    device = tensors[0].device
-    tables = (work.works, work.items, work.refs, work.ranges, work.entries)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        function[len(work.works), tensors[0].shape[0]](
-            *tensors,
-            *tables,
-            *numbers,
-            scale,
-            softcap or 1.0,
-            STEP=work.step,
-            D=head_dim[0],
-            E=head_dim[1],
-            BD=max(16, triton.next_power_of_2(head_dim[0])),
-            BE=max(16, triton.next_power_of_2(head_dim[1])),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            LISTED=work.listed,
-            SOFTCAP=bool(softcap),
-            PRECISION="tf32x3" if tensors[0].dtype == torch.float32 else "tf32",
-            OFFSET=tl.int64 if reach >= 1 << 31 else tl.int32,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **constants,
-        )
-
-
 def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """float32 (2, B, Hq, T): lse in base 2, +inf for rows without keys, and delta."""
     batch, rows, heads = lse.shape
@@ -308,18 +177,8 @@ def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return stats
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    return tuple(x for t in tensors for x in t.stride()[:3])
-
-
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _interpreted() -> bool:
-    from ringattn.kernels.triton_forward import band_forward
-
-    return type(band_forward).__name__ == "InterpretedFunction"
 
 
 def _architecture(device: torch.device) -> str:

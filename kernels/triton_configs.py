@@ -14,13 +14,14 @@ class BlockConfig:
     """How one kernel is compiled.
 
     rows: rows of a program. columns: rows of the other side visited at once. warps: of a program.
-    stages: column blocks in flight.
+    stages: column blocks in flight. tma: blocks travel by TMA where operands allow it.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 def block_config(arch: str, part: Part, head_dim: int, itemsize: int) -> BlockConfig:

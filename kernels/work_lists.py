@@ -71,11 +71,13 @@ def ordered_works(items: Items, heads: Heads) -> np.ndarray:
     return works[np.lexsort((longest, by_head))]
 
 
-def work_list(items: Items, works: np.ndarray, column_block: int, device: torch.device) -> WorkList:
-    """The items with their programs, on the device."""
+def work_list(
+    items: Items, works: np.ndarray, blocks: tuple[int, int], device: torch.device
+) -> WorkList:
+    """The items with their programs, on the device; `blocks` of rows and of columns."""
     listed = _are_short(items)
     if listed:
-        ranges, entries = written_out(items, column_block)
+        ranges, entries = written_out(items, *blocks)
     else:
         ranges, entries = np.zeros((1, 2), dtype=np.int32), np.zeros((1, 3), dtype=np.int32)
     return WorkList(
@@ -96,10 +98,11 @@ def _are_short(items: Items) -> bool:
     return bool(many) and blocks < SHORT_RUN * count and blocks < MOST_ENTRIES
 
 
-def written_out(items: Items, column_block: int) -> tuple[np.ndarray, np.ndarray]:
+def written_out(items: Items, row_block: int, column_block: int) -> tuple[np.ndarray, np.ndarray]:
     """(ranges, entries): the column blocks of every item; int32 (items, 2) and (entries, 3).
 
-    An entry is its first column, the end of its columns, and the ref to mask by or -1.
+    An entry is its first column, the end of its columns, and the ref to mask by or -1. Items of
+    fewer than `row_block` rows are always masked: rows of other items follow theirs.
     """
     owner, within = expand(items.items[:, 3] - items.items[:, 2])
     ref = items.items[owner, 2] + within
@@ -113,6 +116,7 @@ def written_out(items: Items, column_block: int) -> tuple[np.ndarray, np.ndarray
     row, row_last = row[visit], (row + (rows - 1) * items.step)[visit]
     column_last = start + pitch - items.step
     full = (r0 <= row) & (r1 > row_last) & (start >= row_last + lo)
+    full &= rows[visit] == row_block
     full &= column_last <= np.minimum(c1 - 1, row + hi)
     entries = np.stack([start, end[visit], np.where(full, -1, ref[visit])], axis=1)
     stop = np.cumsum(np.bincount(owner[visit], minlength=len(items.items)))

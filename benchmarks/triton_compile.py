@@ -1,0 +1,210 @@
+"""Compiles the band kernel without a GPU and reads what the assembler says of it.
+
+    python -m ringattn.benchmarks.triton_compile [sm_80 sm_90 sm_100]
+
+For every architecture: each shipped configuration (kernel × head dim × element size), plain and
+with softcap and listed columns, with registers a thread, shared memory and spilled bytes. Exits
+with 1 if one spills or exceeds the shared memory of its architecture. Needs no GPU and must not
+run under TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
+from ringattn.kernels.triton_launch import DESCRIBED, OPERAND_BLOCKS, kernel, padded, precision
+
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+"""Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute
+capabilities: 163 KiB and 227 KiB)."""
+
+PARTS: tuple[Part, ...] = ("forward", "keys", "queries")
+DTYPES = {2: "bf16", 4: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel.
+
+    softcap, listed, add_dq, shared: the kernels' constants; see `ringattn.kernels.triton_forward`.
+    """
+
+    arch: str
+    part: Part
+    head_dim: tuple[int, int]
+    itemsize: int
+    config: BlockConfig
+    softcap: bool = False
+    listed: bool = False
+    add_dq: bool = True
+    shared: bool = False
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler reports: registers a thread, bytes of shared memory, bytes spilled, and
+    whether it had to wait after every matrix instruction for want of registers."""
+
+    registers: int
+    shared: int
+    spilled: int
+    serialized: bool
+
+
+def shipped(arch: str) -> Iterator[Variant]:
+    """All configurations that the shipped table gives to an architecture."""
+    for part in PARTS:
+        for itemsize in DTYPES:
+            for dim in (64, 128, 256):
+                config = block_config(arch, part, dim, itemsize)
+                plain = Variant(arch, part, (dim, dim), itemsize, config)
+                yield plain
+                yield replace(plain, softcap=True, listed=True)
+                if part == "keys":
+                    yield replace(plain, add_dq=False)
+
+
+def compiled(variant: Variant) -> Resources:
+    """Compiles a variant for its architecture and reads the assembler's report."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    function = kernel(variant.part)
+    names = function.arg_names
+    constants = _constants(variant, names)
+    signature = {name: _type(name, variant, index) for index, name in enumerate(names)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attrs = {
+        path: [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        for path in _aligned(index, signature[name])
+    }
+    source = ASTSource(
+        function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attrs,
+    )
+    target = GPUTarget("cuda", int(variant.arch.removeprefix("sm_")), 32)
+    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
+    made = triton_compile(source, target=target, options=options)
+    registers, spilled, serialized = _assembled(made.asm["ptx"], variant.arch)
+    return Resources(registers, made.metadata.shared, spilled, serialized)
+
+
+def _constants(variant: Variant, names: list[str]) -> dict[str, Any]:
+    from triton import language as tl
+
+    dim, value_dim = variant.head_dim
+    values = {
+        "STEP": variant.step,
+        "D": dim,
+        "E": value_dim,
+        "BD": padded(dim),
+        "BE": padded(value_dim),
+        "ROWS": variant.config.rows,
+        "COLUMNS": variant.config.columns,
+        "LISTED": variant.listed,
+        "SOFTCAP": variant.softcap,
+        "ADD_DQ": variant.add_dq,
+        "SHARED": variant.shared,
+        "PRECISION": precision(variant.itemsize),
+        "OFFSET": tl.int32,
+        "TMA": variant.config.tma,
+        "REDUCE": variant.config.tma,
+    }
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _type(name: str, variant: Variant, index: int) -> Any:
+    """A parameter's type as triton writes it; operands are tuples of a tensor and its strides."""
+    blocks = OPERAND_BLOCKS[variant.part]
+    if index < len(blocks):
+        data = DTYPES[variant.itemsize] if name in ("q", "k", "v", "dout") else "fp32"
+        tensor = f"*{data}"
+        if variant.config.tma and blocks[index] in DESCRIBED:
+            dim = padded(variant.head_dim[name in ("v", "dout")])
+            tensor = f"tensordesc<{data}[1, {variant.config.columns}, 1, {dim}]>"
+        return (tensor, "i32", "i32", "i32")
+    tables = dict.fromkeys(("works", "items", "refs", "ranges", "entries"), "*i32")
+    return (tables | {"scale": "fp32", "softcap": "fp32"}).get(name, "i32")
+
+
+def _aligned(index: int, kind: Any) -> Iterator[tuple[int, ...]]:
+    """Where a parameter's pointers and strides are, all multiples of 16."""
+    if isinstance(kind, tuple):
+        yield from ((index, n) for n, part in enumerate(kind) if not part.startswith("tensordesc"))
+    elif kind[0] == "*":
+        yield (index,)
+
+
+def _assembled(ptx: str, arch: str) -> tuple[int, int, bool]:
+    """(registers, spilled bytes, serialized) by the assembler that comes with triton."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = folder / "ptxas-blackwell"
+    tool = (
+        blackwell if arch >= "sm_100" and len(arch) > 5 and blackwell.exists() else folder / "ptxas"
+    )
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None, "PTX names its target"
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "kernel.ptx"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [tool, "-v", f"-arch={target[1]}", str(source), "-o", str(source) + ".cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    assert registers is not None, done.stderr
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    return int(registers[1]), sum(map(int, spills)), "are serialized" in done.stderr + done.stdout
+
+
+def problem(variant: Variant, used: Resources) -> str:
+    """Why a variant may not ship, or ''."""
+    if used.spilled:
+        return f"{used.spilled} bytes spilled"
+    if used.serialized:
+        return "matrix instructions serialized"
+    limit = SHARED_LIMIT[variant.arch]
+    return f"{used.shared} bytes of shared memory, limit {limit}" if used.shared > limit else ""
+
+
+def describe(variant: Variant, used: Resources) -> str:
+    """One line of the table."""
+    c = variant.config
+    flags = [n for n in ("softcap", "listed", "add_dq") if getattr(variant, n)]
+    return (
+        f"{variant.arch:7} {variant.part:8} {variant.head_dim[0]:4} {DTYPES[variant.itemsize]:5}"
+        f"{c.rows:4} x {c.columns:<4} warps {c.warps} stages {c.stages} {'tma' if c.tma else '   '}"
+        f"{used.registers:5} registers {used.shared:7} B shared {used.spilled:5} B spilled"
+        f"  {' '.join(flags):24}{problem(variant, used)}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Compiles and prints; see the module docstring."""
+    bad = 0
+    for arch in arguments or SHARED_LIMIT:
+        for variant in shipped(arch):
+            used = compiled(variant)
+            bad += bool(problem(variant, used))
+            print(describe(variant, used), flush=True)
+    print(f"{bad} configurations spill or do not fit" if bad else "all fit, no spills")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""Starting the band kernel's programs: operands, descriptors, constants."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ringattn.kernels.triton_configs import BlockConfig, Part
+from ringattn.kernels.work_lists import WorkList
+
+OPERAND_BLOCKS: dict[Part, tuple[str, ...]] = {
+    "forward": ("", "columns", "columns", "", ""),
+    "keys": ("columns", "", "", "columns", "stats", "added", "", ""),
+    "queries": ("", "columns", "columns", "", "stats", ""),
+}
+"""By operand: read or added to in blocks of columns, by TMA where wanted; others by pointers."""
+
+DESCRIBED = ("columns", "added")
+
+TMA_BYTES = 16
+"""What addresses and strides are multiples of, for TMA (CUDA driver API, tensor maps)."""
+
+
+def launch(
+    part: Part,
+    work: WorkList,
+    config: BlockConfig,
+    operands: tuple[torch.Tensor, ...],
+    group: int,
+    scale: float,
+    softcap: float | None,
+    **constants: bool,
+) -> None:
+    """Starts a kernel over a work list; `operands` in the kernel's order."""
+    from triton import language as tl
+
+    q, v = operands[0], operands[2]
+    blocks = OPERAND_BLOCKS[part]
+    rows = max(config.rows, config.columns)
+    reach = max(rows * work.step * t.stride(1) for t in operands)
+    tma = config.tma and work.step == 1 and all(map(_describable, operands, blocks))
+    if part == "keys":  # the interpreter knows no reduction through a descriptor
+        constants["REDUCE"] = tma and not interpreted()
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        kernel(part)[len(work.works), q.shape[0]](
+            *(_operand(t, b, config, tma) for t, b in zip(operands, blocks, strict=True)),
+            *(work.works, work.items, work.refs, work.ranges, work.entries),
+            work.range_batch,
+            group,
+            scale,
+            softcap or 1.0,
+            STEP=work.step,
+            D=q.shape[3],
+            E=v.shape[3],
+            BD=padded(q.shape[3]),
+            BE=padded(v.shape[3]),
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            LISTED=work.listed,
+            SOFTCAP=bool(softcap),
+            PRECISION=precision(q.element_size()),
+            OFFSET=tl.int64 if reach >= 1 << 31 else tl.int32,
+            TMA=tma,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **constants,
+        )
+
+
+def kernel(part: Part) -> Any:
+    """The Triton function of a part. Imports triton."""
+    from ringattn.kernels import triton_backward, triton_forward
+
+    return {
+        "forward": triton_forward.band_forward,
+        "keys": triton_backward.band_backward_keys,
+        "queries": triton_backward.band_backward_queries,
+    }[part]
+
+
+def padded(dim: int) -> int:
+    """The block size that holds a head dim: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def precision(itemsize: int) -> str:
+    """How products are taken: float32 as three products of tf32 parts, near float32's accuracy."""
+    return "tf32x3" if itemsize == 4 else "tf32"
+
+
+def interpreted() -> bool:
+    """Whether triton interprets its kernels, on tensors of the CPU."""
+    return type(kernel("forward")).__name__ == "InterpretedFunction"
+
+
+def _operand(tensor: torch.Tensor, block: str, config: BlockConfig, tma: bool) -> tuple[Any, ...]:
+    strides = tensor.stride()[:3]
+    if not tma or block not in DESCRIBED or (block == "added" and interpreted()):
+        return (tensor, *strides)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape = [1, config.columns, 1, padded(tensor.shape[3])]
+    return (TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape), *strides)
+
+
+def _describable(tensor: torch.Tensor, block: str) -> bool:
+    if block not in DESCRIBED:
+        return True
+    strides = [n * tensor.element_size() for n in tensor.stride()[:3]]
+    return tensor.data_ptr() % TMA_BYTES == 0 and not any(n % TMA_BYTES for n in strides)
