@@ -38,7 +38,7 @@ def _key_block(
     grads, k, v, q, dout, dq, stats_at, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradients of one block of query rows [start, end) to (dk, dv), and dq in memory."""
@@ -57,8 +57,9 @@ def _key_block(
     douts = load_rows(dout, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
     dv = tl.dot(prob.to(douts.dtype), douts, dv, input_precision=PRECISION)
     delta = tl.load(stats_at[1] + column, mask=present, other=0.0)
-    dprob = tl.dot(v, tl.trans(douts), input_precision=PRECISION)
-    dscore = (prob * (dprob - delta[None, :]) * slope).to(queries.dtype)
+    less = tl.broadcast_to(-delta[None, :], [ROWS, COLUMNS])
+    dprob = tl.dot(v, tl.trans(douts), less, input_precision=PRECISION)
+    dscore = (prob * dprob * slope).to(queries.dtype)
     dk = tl.dot(dscore, queries, dk, input_precision=PRECISION)
     if ADD_DQ:
         part = tl.dot(tl.trans(dscore), k, input_precision=PRECISION) * scale
@@ -109,18 +110,18 @@ def band_backward_keys(
                 grads = _key_block(
                     grads, keys, values, q, dout, dq, stats_at, at, refs, tl.maximum(ref, 0),
                     ref >= 0, row, row_end, start, end, scale, softcap,
-                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                    STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
                         REDUCE,
                 )  # fmt: skip
         else:
             for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
                 first, end, full0, full1 = run_bounds(refs, ref, row0, row_end, STEP)
-                for start in range(first, end, COLUMNS * STEP):
+                for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                     masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1) | partial
                     grads = _key_block(
                         grads, keys, values, q, dout, dq, stats_at, at, refs, ref,
                         masked, row, row_end, start, end, scale, softcap,
-                        STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                        STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
                         REDUCE,
                     )  # fmt: skip
     dk_rows, dv_rows = grads[0] * scale, grads[1]
@@ -184,7 +185,7 @@ def band_backward_queries(
     else:
         for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
             first, end, full0, full1 = run_bounds(refs, ref, row0, row_end, STEP)
-            for start in range(first, end, COLUMNS * STEP):
+            for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                 masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
                 grad = _query_block(
                     grad, queries, douts, lse, delta, k, v, at, refs, ref, masked, row, start, end,

@@ -91,7 +91,7 @@ def band_forward(
     else:
         for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
             first, end, full0, full1 = run_bounds(refs, ref, row0, row_end, STEP)
-            for start in range(first, end, COLUMNS * STEP):
+            for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                 masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
                 state = _attend(
                     state, rows, k, v, at, refs, ref, masked, row, start, end, scale, softcap,
