@@ -1,11 +1,11 @@
 """Output head and loss, forward and backward: time, peak memory and error of four ways.
 
-    python -m ringattn.benchmarks.linear_loss [--out FILE] [--tokens N --dim C --classes V] [--rows R]
+    python -m ringattn.benchmarks.linear_loss [--out FILE] [--tokens N] [--dim C] [--classes V]
 
 Runs on the GPU where there is one, else on the CPU in under a minute. Contenders take turns within
 one run: `naive` (whole logits in the dtype of the inputs, float32 softmax), `checkpointed` (chunks
 of rows whose logits the backward computes again), `ringattn` and `torch` (`F.linear_cross_entropy`
-with its default options, from torch 2.12 on). `--rows` sets the tokens per chunk of the second
+with its default options, where torch has it). `--rows` sets the tokens per chunk of the second
 and third; on CUDA it is their own default. Time is that of the CPU (all threads), or of CUDA
 events, as a ratio to `naive`; memory is the peak of what a step allocates, beyond its inputs and
 with its gradients; error is relative to float64, of the loss and of both gradients.

@@ -11,10 +11,10 @@ logits again in the backward takes four, and the gradients held in between are t
 backward of a loss needs first anyhow. Where no gradient is asked for, none is computed. Chunks are
 of tokens alone: blocks of classes would need every logit twice, for the sum and for the gradient.
 
-PyTorch's `linear_cross_entropy` (2.12 on, chunked with options) is not used: it returns the sum in
-the dtype of `hidden`, so that a float16 sum of 8K tokens is infinite and a bfloat16 one has two or
-three digits; adds up a 16-bit weight gradient in 16 bits; computes tokens that do not count; and
-knows neither softcap nor autocast. `benchmarks/linear_loss.py` has both.
+PyTorch's own chunked `linear_cross_entropy` (as of 2.13) is not used: it returns the sum in the
+dtype of `hidden`, so that a float16 sum of 8K tokens is infinite and a bfloat16 one is wrong by per
+cents; adds up a 16-bit weight gradient in 16 bits; computes tokens that do not count; and knows
+neither softcap nor autocast. `benchmarks/linear_loss.py` measures both.
 """
 
 from typing import Any
