@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,8 +138,8 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    recorded: Any = profiler
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return int(np.cumsum([0, *sizes]).max())
 
@@ -198,7 +199,7 @@ def main() -> None:
     recorder, device = Recorder(args.out), "cuda" if cuda else "cpu"
     shape = {"tokens": args.tokens, "dim": args.dim, "classes": args.classes}
     for dtype, counted in ((torch.bfloat16, 1.0), (torch.bfloat16, 0.5), (torch.float32, 1.0)):
-        inputs = make_inputs(*shape.values(), dtype, counted, device)
+        inputs = make_inputs(args.tokens, args.dim, args.classes, dtype, counted, device)
         config = {**shape, "dtype": str(dtype)[6:], "counted": counted, "device": device}
         case = "-".join(str(value) for value in config.values())
         measure(recorder, inputs, case, config | {"rows": args.rows}, args.repeats)
