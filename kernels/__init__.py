@@ -1,8 +1,9 @@
-"""Local attention kernels: softmax attention of query rows and key rows over a list of tiles."""
+"""Work of one device: softmax attention over a list of tiles, and the loss of an output head."""
 
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, BlockTiles, Selection
 from ringattn.kernels.cpu_flash import CpuFlashKernel
+from ringattn.kernels.linear_loss import linear_cross_entropy
 from ringattn.kernels.matmul import MatmulKernel
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
 from ringattn.kernels.reference import DenseAttention, dense_attention
@@ -24,5 +25,6 @@ __all__ = [
     "dense_attention",
     "kernel_by_name",
     "kernel_names",
+    "linear_cross_entropy",
     "merge_partial",
 ]

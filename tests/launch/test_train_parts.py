@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ringattn.kernels import linear_loss
 from ringattn.launch import loss
 from ringattn.launch.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_lines
 from ringattn.launch.model import Transformer, init_weights
@@ -42,7 +43,7 @@ def test_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(30)[None] % 7
     labels[0, ::4] = IGNORE
     whole = loss_and_gradients(model, labels)
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 257 * 7)
+    monkeypatch.setattr(linear_loss, "LOGITS", 257 * 7)
     for expected, got in zip(whole, loss_and_gradients(model, labels), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
