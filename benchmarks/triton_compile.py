@@ -24,7 +24,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute
 capabilities: 163 KiB and 227 KiB)."""
 
-PARTS: tuple[Part, ...] = ("forward", "keys", "queries")
+PARTS: tuple[Part, ...] = ("forward", "keys", "keys_only", "queries")
 DTYPES = {2: "bf16", 4: "fp32"}
 
 
@@ -32,7 +32,7 @@ DTYPES = {2: "bf16", 4: "fp32"}
 class Variant:
     """One compilation of one kernel.
 
-    softcap, listed, add_dq, shared: the kernels' constants; see `ringattn.kernels.triton_forward`.
+    softcap, listed, shared: the kernels' constants; see `ringattn.kernels.triton_forward`.
     """
 
     arch: str
@@ -42,7 +42,6 @@ class Variant:
     config: BlockConfig
     softcap: bool = False
     listed: bool = False
-    add_dq: bool = True
     shared: bool = False
     step: int = 1
 
@@ -59,16 +58,21 @@ class Resources:
 
 
 def shipped(arch: str) -> Iterator[Variant]:
-    """All configurations that the shipped table gives to an architecture."""
+    """All that the shipped table gives to an architecture, with and without listed columns."""
     for part in PARTS:
         for itemsize in DTYPES:
             for dim in (64, 128, 256):
-                config = block_config(arch, part, dim, itemsize)
-                plain = Variant(arch, part, (dim, dim), itemsize, config)
-                yield plain
-                yield replace(plain, softcap=True, listed=True)
-                if part == "keys":
-                    yield replace(plain, add_dq=False)
+                for softcap in (False, True):
+                    config = block_config(arch, part, dim, itemsize, softcap=softcap)
+                    yield from variants(Variant(arch, part, (dim, dim), itemsize, config, softcap))
+
+
+def variants(plain: Variant) -> Iterator[Variant]:
+    """A variant with runs and with listed columns, and with shared rows where it may have them."""
+    yield plain
+    yield replace(plain, listed=True)
+    if plain.part == "keys":
+        yield replace(plain, shared=True)
 
 
 def compiled(variant: Variant) -> Resources:
@@ -114,12 +118,12 @@ def _constants(variant: Variant, names: list[str]) -> dict[str, Any]:
         "COLUMNS": variant.config.columns,
         "LISTED": variant.listed,
         "SOFTCAP": variant.softcap,
-        "ADD_DQ": variant.add_dq,
+        "ADD_DQ": variant.part == "keys",
         "SHARED": variant.shared,
         "PRECISION": precision(variant.itemsize),
         "OFFSET": tl.int32,
         "TMA": variant.config.tma,
-        "REDUCE": variant.config.tma,
+        "REDUCE": variant.config.tma and variant.part == "keys",
     }
     return {name: value for name, value in values.items() if name in names}
 
@@ -185,7 +189,7 @@ def problem(variant: Variant, used: Resources) -> str:
 def describe(variant: Variant, used: Resources) -> str:
     """One line of the table."""
     c = variant.config
-    flags = [n for n in ("softcap", "listed", "add_dq") if getattr(variant, n)]
+    flags = [n for n in ("softcap", "listed", "shared") if getattr(variant, n)]
     return (
         f"{variant.arch:7} {variant.part:8} {variant.head_dim[0]:4} {DTYPES[variant.itemsize]:5}"
         f"{c.rows:4} x {c.columns:<4} warps {c.warps} stages {c.stages} {'tma' if c.tma else '   '}"

@@ -12,10 +12,11 @@ from ringattn.errors import UserError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.cpu_flash import CpuFlashKernel
 from ringattn.kernels.matmul import MatmulKernel
+from ringattn.kernels.triton_band import TritonBandKernel
 
 
 def _registry() -> dict[str, Callable[[], Kernel]]:
-    return {"cpu_flash": CpuFlashKernel, "matmul": MatmulKernel}
+    return {"cpu_flash": CpuFlashKernel, "triton": TritonBandKernel, "matmul": MatmulKernel}
 
 
 def kernel_names() -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ringattn.kernels.triton_parts import (
     band_scores,
+    dot,
     end_rows,
     inside_band,
     load_rows,
@@ -38,8 +39,8 @@ def _key_block(
     grads, k, v, q, dout, dq, stats_at, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr, PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradients of one block of query rows [start, end) to (dk, dv), and dq in memory."""
     dk, dv = grads
@@ -48,21 +49,21 @@ def _key_block(
     present = column < end
     queries = load_rows(q, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     lse = tl.load(stats_at[0] + column, mask=present, other=float("inf"))
-    product = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+    product = dot(k, tl.trans(queries), None, PRECISION)
     score, slope = band_scores(product, scale, softcap, SOFTCAP)
     prob = tl.exp2(score - lse[None, :])
     if masked:
         allowed = inside_band(refs, ref, row, column, end) & (row < row_end)[:, None]
         prob = tl.where(allowed, prob, 0.0)
     douts = load_rows(dout, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
-    dv = tl.dot(prob.to(douts.dtype), douts, dv, input_precision=PRECISION)
+    dv = dot(prob.to(douts.dtype), douts, dv, PRECISION)
     delta = tl.load(stats_at[1] + column, mask=present, other=0.0)
     less = tl.broadcast_to(-delta[None, :], [ROWS, COLUMNS])
-    dprob = tl.dot(v, tl.trans(douts), less, input_precision=PRECISION)
+    dprob = dot(v, tl.trans(douts), less, PRECISION)
     dscore = (prob * dprob * slope).to(queries.dtype)
-    dk = tl.dot(dscore, queries, dk, input_precision=PRECISION)
+    dk = dot(dscore, queries, dk, PRECISION)
     if ADD_DQ:
-        part = tl.dot(tl.trans(dscore), k, input_precision=PRECISION) * scale
+        part = dot(tl.trans(dscore), k, None, PRECISION) * scale
         if REDUCE:
             dq[0].atomic_add(
                 [batch, start, tl.cast(head, tl.int32), 0],
@@ -104,7 +105,7 @@ def band_backward_keys(
         stats_at = _stats_at(stats, batch, head)
         if LISTED:
             listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
-            for n in range(tl.load(listed), tl.load(listed + 1)):
+            for n in tl.range(tl.load(listed), tl.load(listed + 1), disable_licm=True):
                 start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
                 ref = tl.load(entries + 3 * n + 2)
                 grads = _key_block(
@@ -139,16 +140,16 @@ def _query_block(
     """Adds the gradient through one block of keys [start, end) to dq, which is not yet scaled."""
     batch, head = at
     keys = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
-    product = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    product = dot(q, tl.trans(keys), None, PRECISION)
     score, slope = band_scores(product, scale, softcap, SOFTCAP)
     prob = tl.exp2(score - lse[:, None])
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
         prob = tl.where(inside_band(refs, ref, row, column, end), prob, 0.0)
     values = load_rows(v, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
-    dprob = tl.dot(dout, tl.trans(values), input_precision=PRECISION)
+    dprob = dot(dout, tl.trans(values), None, PRECISION)
     dscore = (prob * (dprob - delta[:, None]) * slope).to(keys.dtype)
-    return tl.dot(dscore, keys, dq, input_precision=PRECISION)
+    return dot(dscore, keys, dq, PRECISION)
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def band_backward_queries(
     at = (batch, head // group)
     if LISTED:
         listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
-        for n in range(tl.load(listed), tl.load(listed + 1)):
+        for n in tl.range(tl.load(listed), tl.load(listed + 1), disable_licm=True):
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
             grad = _query_block(

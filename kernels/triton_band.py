@@ -80,7 +80,7 @@ class TritonBandKernel:
     ) -> None:
         """See `Kernel.forward`."""
         q, k, v = (_unit_stride(x) for x in (q, k, v))
-        config, group = self._config("forward", q, v), q.shape[2] // k.shape[2]
+        config, group = self._config("forward", q, v, softcap), q.shape[2] // k.shape[2]
         for work in self._query_lists(prepared, config, group, selection):
             launch("forward", work, config, (q, k, v, out, lse), group, scale, softcap)
 
@@ -105,22 +105,14 @@ class TritonBandKernel:
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = _statistics(lse, delta)
         group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * _processors(q.device) // q.shape[0]
-        config, repeatable = self._config("keys", q, v), self.deterministic
+        repeatable = self.deterministic
+        part: Part = "keys_only" if repeatable else "keys"
+        config, operands = self._config(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
         for work, shared in self._key_lists(prepared, config, group, few, selection):
-            launch(
-                "keys",
-                work,
-                config,
-                (q, k, v, dout, stats, dq, dk, dv),
-                group,
-                scale,
-                softcap,
-                ADD_DQ=not repeatable,
-                SHARED=shared,
-            )
+            launch(part, work, config, operands, group, scale, softcap, shared=shared)
         if not repeatable:
             return
-        config = self._config("queries", q, v)
+        config = self._config("queries", q, v, softcap)
         for work in self._query_lists(prepared, config, group, selection):
             launch("queries", work, config, (q, k, v, dout, stats, dq), group, scale, softcap)
 
@@ -131,11 +123,15 @@ class TritonBandKernel:
             return self._deterministic
         return torch.are_deterministic_algorithms_enabled()
 
-    def _config(self, part: Part, q: torch.Tensor, v: torch.Tensor) -> BlockConfig:
+    def _config(
+        self, part: Part, q: torch.Tensor, v: torch.Tensor, softcap: float | None
+    ) -> BlockConfig:
         if self._configs is not None:
             return self._configs[part]
         dim = max(q.shape[3], v.shape[3])
-        return block_config(_architecture(q.device), part, dim, q.element_size())
+        return block_config(
+            _architecture(q.device), part, dim, q.element_size(), softcap=bool(softcap)
+        )
 
     def _query_lists(
         self,

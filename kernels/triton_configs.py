@@ -6,7 +6,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-Part = Literal["forward", "keys", "queries"]
+Part = Literal["forward", "keys", "keys_only", "queries"]
+"""Which kernel: `keys` adds to dk, dv and dq, `keys_only` not to dq, which is left to `queries`."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,23 @@ class BlockConfig:
     tma: bool = False
 
 
-def block_config(arch: str, part: Part, head_dim: int, itemsize: int) -> BlockConfig:
+def block_config(
+    arch: str, part: Part, head_dim: int, itemsize: int, *, softcap: bool
+) -> BlockConfig:
     """The shipped configuration.
 
     Args:
         arch: "sm_90" and so on; one that the table lacks takes "default".
         part: which kernel.
         head_dim: the larger of both head dims, at most 256.
-        itemsize: bytes of an element of q; 4-byte elements have configurations of their own.
+        itemsize: bytes of an element of q. softcap: whether scores are capped.
     """
     table = _table()
-    of_arch = table.get(arch, table["default"])
-    of_part = (
-        of_arch.get(f"{part}-4" if itemsize == 4 else part)
-        or table["default"][f"{part}-4" if itemsize == 4 else part]
-    )
+    name = part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
+    of_part = table.get(arch, table["default"])[name]
     fitting = min(int(dim) for dim in of_part if int(dim) >= head_dim)
-    return BlockConfig(*of_part[str(fitting)])
+    rows, columns, warps, stages, *tma = of_part[str(fitting)]
+    return BlockConfig(rows, columns, warps, stages, bool(tma))
 
 
 @cache

@@ -18,6 +18,7 @@ from ringattn.kernels.triton_parts import (
     LOG2_E,
     NONE,
     band_scores,
+    dot,
     inside_band,
     load_rows,
     load_work,
@@ -38,7 +39,7 @@ def _attend(
     acc, top, total = state
     batch, head = at
     block = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
-    product = tl.dot(q, tl.trans(block), input_precision=PRECISION)
+    product = dot(q, tl.trans(block), None, PRECISION)
     score, _ = band_scores(product, scale, softcap, SOFTCAP)
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
@@ -49,7 +50,7 @@ def _attend(
     decay = tl.exp2(top - shift)
     total = total * decay + tl.sum(prob, 1)
     block = load_rows(v, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
-    acc = tl.dot(prob.to(block.dtype), block, acc * decay[:, None], input_precision=PRECISION)
+    acc = dot(prob.to(block.dtype), block, acc * decay[:, None], PRECISION)
     return acc, new_top, total
 
 
@@ -81,7 +82,7 @@ def band_forward(
     at = (batch, head // group)
     if LISTED:
         listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
-        for n in range(tl.load(listed), tl.load(listed + 1)):
+        for n in tl.range(tl.load(listed), tl.load(listed + 1), disable_licm=True):
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
             state = _attend(

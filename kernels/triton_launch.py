@@ -11,6 +11,7 @@ from ringattn.kernels.work_lists import WorkList
 OPERAND_BLOCKS: dict[Part, tuple[str, ...]] = {
     "forward": ("", "columns", "columns", "", ""),
     "keys": ("columns", "", "", "columns", "stats", "added", "", ""),
+    "keys_only": ("columns", "", "", "columns", "stats", "", "", ""),
     "queries": ("", "columns", "columns", "", "stats", ""),
 }
 """By operand: read or added to in blocks of columns, by TMA where wanted; others by pointers."""
@@ -29,9 +30,13 @@ def launch(
     group: int,
     scale: float,
     softcap: float | None,
-    **constants: bool,
+    *,
+    shared: bool = False,
 ) -> None:
-    """Starts a kernel over a work list; `operands` in the kernel's order."""
+    """Starts a kernel over a work list; `operands` in the kernel's order.
+
+    shared: several programs add to the same rows of dk and dv.
+    """
     from triton import language as tl
 
     q, v = operands[0], operands[2]
@@ -39,8 +44,10 @@ def launch(
     rows = max(config.rows, config.columns)
     reach = max(rows * work.step * t.stride(1) for t in operands)
     tma = config.tma and work.step == 1 and all(map(_describable, operands, blocks))
-    if part == "keys":  # the interpreter knows no reduction through a descriptor
-        constants["REDUCE"] = tma and not interpreted()
+    constants = {}
+    if part in ("keys", "keys_only"):
+        added = part == "keys"
+        constants = {"ADD_DQ": added, "SHARED": shared, "REDUCE": added and tma and _reduces()}
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         kernel(part)[len(work.works), q.shape[0]](
             *(_operand(t, b, config, tma) for t, b in zip(operands, blocks, strict=True)),
@@ -58,7 +65,7 @@ def launch(
             COLUMNS=config.columns,
             LISTED=work.listed,
             SOFTCAP=bool(softcap),
-            PRECISION=precision(q.element_size()),
+            PRECISION="upcast" if interpreted() else precision(q.element_size()),
             OFFSET=tl.int64 if reach >= 1 << 31 else tl.int32,
             TMA=tma,
             num_warps=config.warps,
@@ -74,6 +81,7 @@ def kernel(part: Part) -> Any:
     return {
         "forward": triton_forward.band_forward,
         "keys": triton_backward.band_backward_keys,
+        "keys_only": triton_backward.band_backward_keys,
         "queries": triton_backward.band_backward_queries,
     }[part]
 
@@ -93,9 +101,14 @@ def interpreted() -> bool:
     return type(kernel("forward")).__name__ == "InterpretedFunction"
 
 
+def _reduces() -> bool:
+    """Whether blocks are added through descriptors, which the interpreter does not know."""
+    return not interpreted()
+
+
 def _operand(tensor: torch.Tensor, block: str, config: BlockConfig, tma: bool) -> tuple[Any, ...]:
     strides = tensor.stride()[:3]
-    if not tma or block not in DESCRIBED or (block == "added" and interpreted()):
+    if not tma or block not in DESCRIBED or (block == "added" and not _reduces()):
         return (tensor, *strides)
     from triton.tools.tensor_descriptor import TensorDescriptor
 

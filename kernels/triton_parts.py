@@ -21,6 +21,15 @@ def load_work(works):
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc, in float32. The interpreter multiplies only what numpy can: "upcast" is for it."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def rows_at(
     operand, batch, start, head, STEP: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr
 ):

@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+# Before triton is imported: without a GPU its kernels run in its interpreter. On a machine with one,
+# TRITON_INTERPRET=0 lets the tests marked gpu compile them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.ranks import close_pools, run_ranks
 
 BACKSTOP_GRACE = 60.0  # seconds after the timeout until a test stuck in C code ends the session
