@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from ringattn.bands import area
 from ringattn.blocks import is_open
 from ringattn.cost.kernel_time import computed_pairs, pair_flops
 from ringattn.kernels.measured import Work
