@@ -54,11 +54,10 @@ def subset(name: str) -> list[Case]:
 
 
 def _cpu() -> Iterator[Case]:
-    shape = {"heads": (8, 2), "head_dim": (64, 64)}
     for mask in (*_FIRST, *_BARS, *NAMES):
-        yield Case(mask, 1024, **shape)
+        yield Case(mask, 1024, heads=(8, 2), head_dim=(64, 64))
     for mask in (*_FIRST, *_BARS):
-        yield Case(mask, 2048, **shape)
+        yield Case(mask, 2048, heads=(8, 2), head_dim=(64, 64))
     for mask in _FIRST[:3]:
         yield Case(mask, 1024, heads=(8, 2), head_dim=(64, 64), dtype="float32")
         yield Case(mask, 1024, heads=(4, 4), head_dim=(128, 128))

@@ -19,6 +19,7 @@ import torch
 import ringattn as ra
 from ringattn.benchmarks.kernel_cases import Case
 from ringattn.benchmarks.kernel_reference import Reference, Sample, reference
+from ringattn.benchmarks.peers.base import Tensors
 from ringattn.cost.kernel_time import pair_flops
 from ringattn.errors import UserError
 from ringattn.executor import backward_home, forward_home
@@ -84,17 +85,18 @@ class Bench:
         return getattr(torch, self.case.dtype)
 
     @cached_property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
+    def inputs(self) -> Tensors:
         """q, k, v, dout (1, S, heads, D) on the device."""
         (hq, hkv), (qk, e) = self.case.heads, self.case.head_dim
         generator = torch.Generator(self.device).manual_seed(0)
-        return tuple(
+        q, k, v, dout = (
             torch.randn(
                 1, self.case.seq_len, heads, dim, dtype=self._dtype, device=self.device,
                 generator=generator,
             )
             for heads, dim in ((hq, qk), (hkv, qk), (hkv, e), (hq, e))
         )  # fmt: skip
+        return q, k, v, dout
 
     @property
     def scale(self) -> float:

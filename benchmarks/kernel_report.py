@@ -19,6 +19,9 @@ NONE = "–"
 def write_report(path: Path) -> None:
     """Writes `path`.md, and `path`.png for each architecture; prints the tables."""
     found = read_results(path)
+    if not found:
+        print(f"{path}: nothing is measured yet")
+        return
     text = "\n".join(report(results) for results in found)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -74,7 +74,7 @@ class Runner:
                 self._record(names[outcome.direction], outcome, config, kernel)
                 yield outcome
         finally:
-            self.marker.unlink()
+            self.marker.unlink(missing_ok=True)
 
     def fail(self, case: Case, kernel: str, reason: str) -> None:
         """Records that a case cannot be measured at all."""

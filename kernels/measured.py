@@ -45,7 +45,8 @@ class Work:
         flops: of one launch, by exact area over all heads; the mean over launches.
         keys_per_row: mean keys that a row of a tile sees in it.
         tile_pairs: mean pairs of a tile.
-        fill: allowed pairs over those of the 128 × 128 blocks that they touch; 0 to 1.
+        fill: allowed pairs over about those of the 128 × 128 blocks that each tile touches, laid
+            from its own corner; 0 to 1.
         plain: every tile is a full or causal rectangle of all heads, and no two of a launch share
             rows or keys: what a fixed- or variable-length call takes.
         blocks: whether tiles have block matrices.
