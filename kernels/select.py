@@ -2,7 +2,7 @@
 
 A new kernel is one file and one line in `_registry`. "auto" asks kernels in the order of their
 measured speed on work like the one at hand (`ringattn.kernels.measured`), and where nothing near
-it was measured on such a device, in a stated order. `matmul` takes everything and comes last.
+it was measured on such a device, in a stated order (`default_order`). `matmul` takes everything.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ringattn.kernels.measured import Table, Work, shipped_table
 _LIBRARY = ("fa4", "fa3", "cudnn", "flash")  # fastest first; for plain work
 _ANY_TILES = ("triton", "flex")
 _CPU = ("cpu_flash",)
-_LAST = ("matmul",)
+_FALLBACK = ("matmul",)
 
 
 def _registry() -> dict[str, Callable[[], Kernel]]:
@@ -44,14 +44,17 @@ def default_order(device: str, work: Work | None, softcap: float | None) -> tupl
     """Known kernels from first choice to last, where no measurement says otherwise.
 
     On a GPU the libraries' kernels come first for plain causal, full and document masks without
-    softcap and with equal head dims, and `triton` for everything else; on the CPU `cpu_flash`.
+    softcap and with equal head dims, and `triton` for everything else; `matmul` comes last. On the
+    CPU it is `cpu_flash`, then `matmul`.
     """
     simple = work is not None and work.plain and not work.blocks and work.qk_dim == work.v_dim
-    gpu = (*_LIBRARY, *_ANY_TILES) if simple and softcap is None else (*_ANY_TILES, *_LIBRARY)
-    ahead = (*_CPU, *gpu) if device == "cpu" else (*gpu, *_CPU)
+    ahead = (*_LIBRARY, *_ANY_TILES) if simple and softcap is None else (*_ANY_TILES, *_LIBRARY)
+    if device == "cpu":
+        # Triton's interpreter and FlexAttention run there too, only slower than the fallback.
+        ahead = (*_CPU, *_FALLBACK)
     known = kernel_names()
-    rest = (name for name in known if name not in (*ahead, *_LAST))
-    return tuple(name for name in (*ahead, *rest, *_LAST) if name in known)
+    rest = (name for name in known if name not in (*ahead, *_FALLBACK))
+    return tuple(name for name in dict.fromkeys((*ahead, *rest, *_FALLBACK)) if name in known)
 
 
 def kernel_order(

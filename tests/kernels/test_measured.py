@@ -58,7 +58,7 @@ def order(work: Work | None, measured: Table, **changes) -> tuple[str, ...]:
 
 @pytest.mark.usefixtures("registry")
 def test_the_default_order_prefers_libraries_for_plain_work_only() -> None:
-    rest = ("cpu_flash", "extra", "matmul")
+    rest = ("cpu_flash", "extra", "matmul")  # in the order of the registry, the fallback last
     assert default_order("cuda", WORK, None) == ("fa3", "cudnn", "triton", "flex", *rest)
     for work, softcap in [
         (None, None),
@@ -69,7 +69,8 @@ def test_the_default_order_prefers_libraries_for_plain_work_only() -> None:
     ]:
         found = default_order("cuda", work, softcap)
         assert found == ("triton", "flex", "fa3", "cudnn", *rest)
-    assert default_order("cpu", WORK, None)[0] == "cpu_flash"
+    for softcap in (None, 30.0):
+        assert default_order("cpu", WORK, softcap)[:2] == ("cpu_flash", "matmul")
 
 
 @pytest.mark.usefixtures("registry")
