@@ -31,6 +31,7 @@ from ringattn.workload import work_of
 
 FLUSH_BYTES = 256 << 20
 WARM_UPS, LEAST, MOST = 3, 5, 100  # repetitions before timing, and timed
+LONG = 10.0
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
 # Relative errors beyond which a result is wrong; of float32 with products in TF32.
@@ -178,8 +179,8 @@ class Bench:
                 kernel.forward(q, k, v, launch.prepared, out, lse, scale=self.scale, softcap=None)
 
         timing = timed_passes(run, reset, self.device, self.seconds) if timed else None
-        reset()
-        run()
+        if not timed:
+            run()
         return {"out": out.to(q.dtype)}, timing, prepare, lse
 
     def _backward(
@@ -204,8 +205,6 @@ class Bench:
                 )  # fmt: skip
 
         timing = timed_passes(run, reset, self.device, self.seconds)
-        reset()
-        run()
         return {"dq": dq.to(q.dtype), "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}, timing, prepare
 
     def _outcome(
@@ -243,8 +242,8 @@ def timed_passes(
 ) -> Timing:
     """Times `run`, with `reset` before each repetition, for about so many seconds in all.
 
-    After warm-up there are `LEAST` to `MOST` repetitions; one where a single run is longer than
-    the time given.
+    After warm-up there are `LEAST` to `MOST` repetitions; three where one is longer than the time
+    given, and one beyond `LONG` seconds. What the last one computed is left in place.
     """
     cuda = device.type == "cuda"
     clock: Callable[[Callable[[], None], Callable[[], None], int], list[float]] = _cpu_seconds
@@ -261,10 +260,10 @@ def timed_passes(
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     workspace = peak - before if peak is not None else None
     if first > seconds:
-        return Timing(seconds=(first,), workspace_bytes=workspace, peak_bytes=peak)
-    (*_, warm) = clock(run, reset, WARM_UPS)
-    count = int(np.clip(seconds / max(warm, 1e-6), LEAST, MOST))
-    found = clock(run, reset, count)
+        found = [first, *(clock(run, reset, 2) if first <= LONG else ())]
+    else:
+        (*_, warm) = clock(run, reset, WARM_UPS)
+        found = clock(run, reset, int(np.clip(seconds / max(warm, 1e-6), LEAST, MOST)))
     return Timing(seconds=tuple(found), workspace_bytes=workspace, peak_bytes=peak)
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.benchmarks import kernel_bars, kernel_cases, kernel_report, kernels
+from ringattn.benchmarks import (
+    kernel_bars,
+    kernel_cases,
+    kernel_measure,
+    kernel_report,
+    kernels,
+)
 from ringattn.benchmarks.kernel_cases import LENGTHS, SUBSETS, Case, selected, subset
 from ringattn.benchmarks.kernel_masks import KEPT, LEAST, NAMES, mask_named
 from ringattn.benchmarks.kernel_measure import Bench, timed_passes
@@ -247,14 +253,18 @@ def test_a_measurement_that_ended_the_process_is_not_repeated(tmp_path: Path) ->
     assert not again.marker.exists()
 
 
-def test_a_long_run_is_repeated_once_a_short_one_often() -> None:
-    runs: list[str] = []
-    cpu = torch.device("cpu")
-    timing = timed_passes(lambda: runs.append("run"), lambda: None, cpu, seconds=1e-9)
-    assert len(timing.seconds) == 1
-    assert len(runs) == 2
-    timing = timed_passes(lambda: None, lambda: None, cpu, seconds=60.0)
-    assert len(timing.seconds) == 100
+@pytest.mark.parametrize(("seconds", "long", "count"), [(0.0, 9, 3), (0.0, 0, 1), (60, 9, 100)])
+def test_a_long_run_is_repeated_less_often(
+    seconds: float, long: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_measure, "LONG", long)
+    calls: list[str] = []
+    timing = timed_passes(
+        lambda: calls.append("run" * 10_000), lambda: calls.append("reset"),
+        torch.device("cpu"), seconds,
+    )  # fmt: skip
+    assert len(timing.seconds) == count
+    assert calls[-2:] == ["reset", "run" * 10_000]  # what the last repetition left is the result
 
 
 RATES = {"triton": (500.0, 400.0), "fa3": (600.0, 800.0), "flex": (400.0, 250.0)}
