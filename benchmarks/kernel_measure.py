@@ -85,6 +85,12 @@ class Bench:
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.case.dtype)
 
+    def refusal(self, kernel: Kernel) -> str | None:
+        """Why a kernel cannot run the case, or None; before anything is made for it."""
+        return kernel.refusal(
+            device=self.device.type, dtype=self._dtype, head_dim=self.case.head_dim, softcap=None
+        )
+
     @cached_property
     def inputs(self) -> Tensors:
         """q, k, v, dout (1, S, heads, D) on the device."""
@@ -133,15 +139,11 @@ class Bench:
     def measure(self, kernel: Kernel, directions: tuple[Direction, ...]) -> Iterator[Outcome]:
         """Runs a kernel and yields an outcome for each direction; never raises for the kernel.
 
-        The forward always runs: the backward starts from its out and lse.
+        The forward always runs: the backward starts from its out and lse. The kernel must not
+        refuse the case, see `refusal`.
         """
-        reason = kernel.refusal(
-            device=self.device.type, dtype=self._dtype, head_dim=self.case.head_dim, softcap=None
-        )
         left = list(directions)
         try:
-            if reason is not None:
-                raise UserError(kernel.name, reason, "measure another kernel")
             results = self._forward(kernel, timed="forward" in directions)
             if "forward" in directions:
                 yield self._outcome("forward", *results)

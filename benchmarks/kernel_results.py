@@ -85,10 +85,10 @@ def read_results(path: Path) -> list[Results]:
     return [Results(architecture, records) for architecture, records in found.items()]
 
 
-def failed(path: Path) -> set[str]:
-    """Names of the cases whose latest record is an error."""
+def without_figure(path: Path) -> set[str]:
+    """Names of the cases whose latest record is a refusal or an error."""
     latest = {r.case: r.status for r in read_records(path)}
-    return {case for case, status in latest.items() if status == "error"}
+    return {case for case, status in latest.items() if status != "ok"}
 
 
 def table_rows(path: Path) -> list[Row]:

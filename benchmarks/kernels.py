@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,7 @@ class Runner:
         self.out, self.device = out, device
         self.recorder = Recorder(out)
         self.marker = out.with_suffix(".running")
-        self._again = kernel_results.failed(out) if retry else set()
+        self._again = kernel_results.without_figure(out) if retry else set()
         self._blame_interrupted()
 
     def case_name(self, case: Case, kernel: str, direction: Direction) -> str:
@@ -76,13 +77,12 @@ class Runner:
         finally:
             self.marker.unlink(missing_ok=True)
 
-    def fail(self, case: Case, kernel: str, reason: str) -> None:
-        """Records that a case cannot be measured at all."""
+    def give_up(self, case: Case, kernel: str, status: str, reason: str) -> None:
+        """Records that a kernel cannot be measured on a case: refused, or an error."""
         for d in self.missing(case, kernel):
-            config = {**asdict(case), "direction": d, "kernel": kernel, **self._place()}
-            name = self.case_name(case, kernel, d)
-            self.recorder.error(NAME, name, UNIT, reason, config=config)
-            self._again.discard(name)
+            outcome = Outcome(direction=d, status=status, reason=reason)
+            config = {**asdict(case), "direction": d}
+            self._record(self.case_name(case, kernel, d), outcome, config, kernel)
 
     def _place(self) -> dict[str, str]:
         return {"architecture": architecture_of(self.device)}
@@ -118,22 +118,43 @@ def measure(
     """Measures what is missing until the time is up; whether everything is there."""
     begin = time.monotonic()
     limit = args.minutes if args.minutes is not None else MINUTES.get(args.subset, float("inf"))
-    todo = [(c, ks) for c in cases if (ks := [k for k in kernels if runner.missing(c, k)])]
-    count = sum(len(ks) for _, ks in todo)
-    done = 0
+    todo = _todo(runner, cases, kernels)
+    count, done = sum(len(names) for _, names in todo), 0
     print(f"{count} measurements of {len(todo)} cases left, at most {limit:g} minutes", flush=True)
-    for case, wanted in todo:
+    for case, names in todo:
         bench = Bench(case, runner.device, args.seconds)
-        for kernel in wanted:
+        for kernel in names:
             minutes = (time.monotonic() - begin) / 60
             if minutes >= limit:
                 print(f"time is up, {count - done} measurements are left: run it again to go on")
                 return False
             done += 1
             figures = _measured(runner, case, bench, kernel)
-            print(f"[{done}/{count} {minutes:.1f} min] {case!s:44} {kernel:10} {figures}",
-                  flush=True)  # fmt: skip
+            progress = f"[{done}/{count} {minutes:.1f} min]"
+            print(f"{progress} {case!s:44} {kernel:10} {figures}", flush=True)
     return True
+
+
+def _todo(
+    runner: Runner, cases: Sequence[Case], kernels: Sequence[str]
+) -> list[tuple[Case, list[str]]]:
+    """Cases with the kernels to measure on them; records what kernels refuse outright."""
+    todo: dict[Case, list[str]] = {}
+    refused: Counter[tuple[str, str]] = Counter()
+    for case in cases:
+        bench = Bench(case, runner.device)
+        for kernel in kernels:
+            if not runner.missing(case, kernel):
+                continue
+            reason = bench.refusal(kernel_by_name(kernel))
+            if reason is None:
+                todo.setdefault(case, []).append(kernel)
+                continue
+            runner.give_up(case, kernel, "refused", reason)
+            refused[kernel, reason] += 1
+    for (kernel, reason), count in refused.items():
+        print(f"{kernel} refuses {count} cases: {reason}")
+    return list(todo.items())
 
 
 def _measured(runner: Runner, case: Case, bench: Bench, kernel: str) -> str:
@@ -141,18 +162,19 @@ def _measured(runner: Runner, case: Case, bench: Bench, kernel: str) -> str:
     try:
         _ = bench.reference
     except (UserError, RuntimeError) as error:  # too large for the device, whatever the kernel
-        runner.fail(case, kernel, f"inputs and reference: {type(error).__name__}: {error}"[:300])
-        return "no inputs"
-    found = list(runner.run(case, bench, kernel))
-    if runner.device.type == "cuda":
-        try:
+        reason = f"inputs and reference: {type(error).__name__}: {error}"[:300]
+        runner.give_up(case, kernel, "error", reason)
+        return reason
+    found: list[Outcome] = []
+    try:
+        found.extend(runner.run(case, bench, kernel))
+        if runner.device.type == "cuda":
             torch.cuda.synchronize()
-        except RuntimeError as error:
-            # Such an error stays with the process: whatever is measured next would fail too.
-            raise SystemExit(
-                f"{case} with {kernel} broke the device's context ({str(error).splitlines()[0]}); "
-                "it is recorded, run the command again to go on"
-            ) from None
+    except RuntimeError as error:
+        # Such an error stays with the process: whatever is measured next would fail too.
+        reason = f"the device's context is lost: {str(error).splitlines()[0]}"
+        runner.give_up(case, kernel, "error", reason)
+        raise SystemExit(f"{case} with {kernel}: {reason}; run the command again") from None
     return "  ".join(
         f"{o.direction} {o.tflops:.3g} ± {o.spread:.2g} {UNIT}"
         if o.status == "ok"
@@ -227,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, default=1, help="of the CPU, where times are summed over threads"
     )
-    parser.add_argument("--retry", action="store_true", help="measure what was an error again")
+    parser.add_argument(
+        "--retry", action="store_true", help="measure what was refused or an error again"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument(
         "--write-table", nargs="?", const=str(SHIPPED), metavar="FILE",
