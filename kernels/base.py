@@ -33,7 +33,7 @@ class Kernel(Protocol):
     ) -> Any:
         """Turns a table of dtype `TILE`, and block tiles, into what forward and backward take.
 
-        Once per plan.
+        Once per plan. Raises UserError for tiles that this kernel cannot run.
         """
         ...
 

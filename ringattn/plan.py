@@ -1,6 +1,6 @@
 """`Plan`: how a group of ranks attends one mask, and how a rank runs it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -8,7 +8,8 @@ from ringattn.checks import check_tensors, is_routed
 from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.kernels.block_matrix import Selection
-from ringattn.kernels.select import choose_kernel, kernel_by_name
+from ringattn.kernels.measured import architecture_of
+from ringattn.kernels.select import choose_kernels, kernel_by_name
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import register
@@ -17,6 +18,7 @@ from ringattn.program import Program, build_program
 from ringattn.routing_exchange import Router
 from ringattn.schedule import Channel, Direction, Schedule
 from ringattn.sharding import Unshard, take_shard
+from ringattn.workload import work_of
 
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
@@ -48,6 +50,7 @@ class Plan:
         self.forward, self.backward = schedules
         self.handle = register(self)
         self._programs: dict[tuple[str, int, str, str], Program] = {}
+        self._chosen: dict[tuple[Any, ...], Program] = {}
         self._routers: dict[str, Router] = {}
         self._agreed = False
         # A plain number, so that compiled code need not look into the tables.
@@ -205,17 +208,36 @@ class Plan:
             slots[key] = tuple(parts)
         return slots
 
-    def kernel_name(self, home: Slots, softcap: float | None) -> str:
-        """The local kernel that the context chooses for such home slots."""
+    def chosen_program(
+        self, direction: Direction, rank: int, home: Slots, softcap: float | None
+    ) -> Program:
+        """A rank's part of a schedule for the kernel that suits such home slots best.
+
+        Forward and backward, and each rank, choose for themselves: by device, dtype, head dims and
+        the rank's tiles, which may be refused by a kernel that would take the tensors.
+        """
         q, (_, v) = home[Channel.Q, 0][0], home[Channel.K, 0]
-        kernel = choose_kernel(
+        device, head_dim = q.device, (q.shape[-1], v.shape[-1])
+        key = (direction, rank, str(device), q.dtype, head_dim, softcap)
+        if key in self._chosen:
+            return self._chosen[key]
+        kernels = choose_kernels(
             self.context.kernel,
-            device=q.device.type,
+            device=device.type,
             dtype=q.dtype,
-            head_dim=(q.shape[-1], v.shape[-1]),
+            head_dim=head_dim,
             softcap=softcap,
+            work=work_of(self.schedule(direction), rank),
+            architecture=architecture_of(device),
         )
-        return kernel.name
+        for kernel in kernels:
+            try:
+                self._chosen[key] = self.program(direction, rank, kernel.name, device)
+                return self._chosen[key]
+            except UserError:
+                if kernel is kernels[-1]:
+                    raise
+        raise AssertionError("at least one kernel")
 
     def selection(self, blocks: torch.Tensor | None) -> Selection | None:
         """Selected blocks as kernels take them."""
@@ -248,7 +270,7 @@ class Plan:
         saved: Slots | None = None,
     ) -> Run:
         context, device = self.context, home[Channel.Q, 0][0].device
-        program = self.program(direction, context.rank, self.kernel_name(home, softcap), device)
+        program = self.chosen_program(direction, context.rank, home, softcap)
         fabric = context.fabric(device)
         if not self._agreed:
             self._agree(fabric)

@@ -94,13 +94,9 @@ def _lockstep(
     options: dict[str, Any],
     saved: list[Slots],
 ) -> tuple[list[Run], tuple[int, ...]]:
-    kernel, device = (
-        plan.kernel_name(homes[0], options["softcap"]),
-        homes[0][Channel.Q, 0][0].device,
-    )
     runs = []
     for rank, fabric in enumerate(LocalFabric.group(plan.world)):
-        program = plan.program(direction, rank, kernel, device)
+        program = plan.chosen_program(direction, rank, homes[rank], options["softcap"])
         runs.append(Run(program, fabric, Arena(), homes[rank], saved=saved[rank], **options))
     for index in range(plan.schedule(direction).nsteps):
         for run in runs:

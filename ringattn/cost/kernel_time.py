@@ -12,6 +12,7 @@ import numpy as np
 from ringattn import bands as band_ops
 from ringattn.bands import ceil_div
 from ringattn.cost.cluster import Cluster, Curve
+from ringattn.kernels.block_matrix import BlockMatrix
 from ringattn.schedule import Direction, Schedule, Shapes, bands_of
 
 _SLOTS = 1 << 10  # more than any slot number
@@ -64,7 +65,8 @@ def least_backward(forward: Schedule, backward: Curve) -> float:
     the same tiles, without what launches cost."""
     tasks, curve = forward.tasks, backward
     bands = bands_of(tasks)
-    pairs = _computed_pairs(forward, bands, curve.block_rows, curve.block_keys).astype(np.float64)
+    computed = computed_pairs(tasks, forward.matrices, curve.block_rows, curve.block_keys)
+    pairs = computed.astype(np.float64)
     pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
     pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
     pairs *= (tasks["h1"] - tasks["h0"]) * pair_flops(forward.shapes, "backward")
@@ -91,13 +93,12 @@ def rounded_area(bands: np.ndarray, block_rows: int, block_keys: int) -> np.ndar
     return band_ops.area(padded)
 
 
-def _computed_pairs(
-    schedule: Schedule, bands: np.ndarray, block_rows: int, block_keys: int
+def computed_pairs(
+    tasks: np.ndarray, matrices: tuple[BlockMatrix, ...], block_rows: int, block_keys: int
 ) -> np.ndarray:
     """Pairs that a kernel computes for each task; allowed blocks of a matrix are counted whole."""
-    tasks = schedule.tasks
-    pairs = rounded_area(bands, block_rows, block_keys)
-    for number, matrix in enumerate(schedule.matrices):
+    pairs = rounded_area(bands_of(tasks), block_rows, block_keys)
+    for number, matrix in enumerate(matrices):
         q_size, k_size = (float(np.diff(e).mean()) for e in (matrix.q_edges, matrix.k_edges))
         waste = (
             _up(np.ceil(q_size), block_rows) / q_size * _up(np.ceil(k_size), block_keys) / k_size
@@ -125,7 +126,7 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
     block = block_rows if schedule.direction == "forward" else block_keys
     longest = _longest_block(schedule, block) * flops_per_pair(schedule)
     return Load(
-        pairs=table(flat, _computed_pairs(schedule, bands, block_rows, block_keys) * heads),
+        pairs=table(flat, computed_pairs(tasks, schedule.matrices, block_rows, block_keys) * heads),
         rows=table(flat, _up(_span(bands, "q"), block_rows) * heads),
         keys=table(flat, _up(_span(bands, "k"), block_keys) * heads),
         tiles=table(flat, None),
