@@ -156,7 +156,9 @@ def _local_positions() -> Any:
 def _rank_with_no_tokens() -> Any:
     """No mistake: a layout that leaves the second rank without any token."""
 
-    def build(config: Config, shape: Any, group: Any) -> ra.ContextParallel:
+    def build(
+        config: Config, shape: Any, group: Any, staged: str | None = None
+    ) -> ra.ContextParallel:
         seq_len, cp = config.data.seq_len, config.parallel.cp
         sizes = [seq_len - 10 * (cp - 2), 0, *[10] * (cp - 2)]
         return ra.ContextParallel(
@@ -165,6 +167,7 @@ def _rank_with_no_tokens() -> Any:
             head_dim=shape.head_dim,
             dtype=COMPUTE_DTYPES[config.train.dtype],
             layout=ra.layouts.contiguous(seq_len, cp, sizes),
+            staged=staged,
         )
 
     return mock.patch.object(trainer, "build_context", build)
