@@ -58,17 +58,17 @@ class Copies(Protocol):
 class HostCopies:
     """`Copies` for CPU tensors: a copy is done when it returns."""
 
-    def stream(self) -> None:
+    def stream(self) -> Any:
         """See `Copies`."""
 
     def host(self, size: int) -> torch.Tensor:
         """See `Copies`."""
         return torch.empty(size, dtype=torch.uint8)
 
-    def mark(self) -> None:
+    def mark(self) -> Any:
         """See `Copies`."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any, after: Any) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any, after: Any) -> Any:
         """See `Copies`."""
         del stream, after
         target.copy_(source)
@@ -98,28 +98,22 @@ class CudaCopies:
         """See `Copies`. PyTorch keeps pinned memory, and gives none back that a copy still uses."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> Any:
         """See `Copies`."""
         return torch.cuda.current_stream(self.device).record_event()
 
-    def copy(
-        self,
-        target: torch.Tensor,
-        source: torch.Tensor,
-        stream: torch.cuda.Stream,
-        after: torch.cuda.Event,
-    ) -> torch.cuda.Event:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any, after: Any) -> Any:
         """See `Copies`."""
         stream.wait_event(after)
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         return stream.record_event(torch.cuda.Event(blocking=True))
 
-    def reached(self, point: torch.cuda.Event) -> None:
+    def reached(self, point: Any) -> None:
         """See `Copies`."""
         point.synchronize()
 
-    def join(self, point: torch.cuda.Event) -> None:
+    def join(self, point: Any) -> None:
         """See `Copies`."""
         torch.cuda.current_stream(self.device).wait_event(point)
 

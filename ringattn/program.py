@@ -129,12 +129,18 @@ def _launches(
     return table
 
 
-def _exchanges(schedule: Schedule, rank: int) -> list[tuple[int, Exchange]]:
-    """This rank's exchanges with their posts, in the order that all ranks share."""
+def exchange_tags(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """(post, land, lane) of every exchange by its tag, and the tag of every move."""
     moves = schedule.moves
     classes = np.stack([moves["post"], moves["land"], moves["lane"]], axis=1)
     unique, tags = np.unique(classes, axis=0, return_inverse=True)
-    tags = tags.reshape(-1)
+    return unique, tags.reshape(-1)
+
+
+def _exchanges(schedule: Schedule, rank: int) -> list[tuple[int, Exchange]]:
+    """This rank's exchanges with their posts, in the order that all ranks share."""
+    moves = schedule.moves
+    unique, tags = exchange_tags(schedule)
     index = np.flatnonzero((moves["src"] == rank) | (moves["dst"] == rank))
     index = index[np.argsort(tags[index], kind="stable")]
     result = []
