@@ -162,8 +162,8 @@ def _measure(
     """One rank of a plan, both directions."""
     (name, role, rank), cluster = case, load_cluster(setting.cluster)
     stem = f"{name}-{role}-{setting.mask}-{cluster.name}-{setting.ranks}x{setting.tokens}"
-    names = {d: f"{stem}-{setting.device}-{d}" for d in DIRECTIONS}
-    todo = [d for d in DIRECTIONS if not recorder.has(NAME, names[d])]
+    names = {way: f"{stem}-{setting.device}-{way}" for way in DIRECTIONS}
+    todo: list[Direction] = [d for d in DIRECTIONS if not recorder.has(NAME, names[d])]
     if not todo:
         return
     config = asdict(replace(setting, cluster=cluster.name)) | {
