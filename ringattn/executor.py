@@ -262,8 +262,8 @@ def _clear(channel: int, tensors: Slot) -> None:
 
 
 def _copy(pairs: Iterable[tuple[Iterable[torch.Tensor], Iterable[torch.Tensor]]]) -> None:
-    """Copies each source over its target. One call for all: messages have many small parts, and
-    on CUDA those of whole rows then share a kernel."""
+    """Copies each source over its target, in one call: messages have many small parts, and a call
+    for each would keep the host from running ahead of a GPU."""
     both = [(s, t) for sources, targets in pairs for s, t in zip(sources, targets, strict=True)]
     if both:
         torch._foreach_copy_([target for _, target in both], [source for source, _ in both])

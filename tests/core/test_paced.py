@@ -1,6 +1,7 @@
 """One rank of many: what arrives, in which order and by when. Clocks are fake: nothing is timed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,7 +125,8 @@ def test_every_rank_can_be_played(method: str) -> None:
     for rank in range(plan.world):
         timings = timings_of(plan.forward, priced, rank, cluster)
         fabric = PacedFabric(rank, plan.world, timings, HostCarrier(_Clock()))
-        home = forward_home(*(plan.shard(t, rank=rank) for t in (x.q, x.k, x.v)), None)
+        q, k, v = (plan.shard(t, rank=rank) for t in (x.q, x.k, x.v))
+        home = forward_home(q, k, v, None)
         program = plan.program("forward", rank, "matmul", CPU)
         run = Run(program, fabric, Arena(), home, 0.3, None)
         fabric.open(program.classes)
@@ -150,7 +152,7 @@ def _ring() -> tuple[ra.Plan, Schedule]:
 def test_timings_follow_the_cluster_file() -> None:
     plan, forward = _ring()
     cluster = load_cluster("h100_sxm")
-    one = ra.cost.Cluster(**{**vars(cluster), "ranks_per_node": 2, "nics_per_node": 2})
+    one = replace(cluster, ranks_per_node=2, nics_per_node=2)
     priced, _ = price_pair((plan.forward, plan.backward), one)
     nbytes = 2 * 64 * 2 * 16 * 4
     program = plan.program("forward", 1, "matmul", CPU)

@@ -90,7 +90,9 @@ def _train_on_rank(
     config = config_from_values(values)
     ranks = Ranks(rank=rank, world=world, local_rank=rank, local_world=world)
     timeout = timedelta(seconds=config.run.timeout_s)
-    session = Session(ranks=ranks, device=torch.device("cpu"), timeout=timeout)
+    shared = config.run.device == "cuda_shared"
+    device = torch.device("cuda", 0) if shared else torch.device("cpu")
+    session = Session(ranks=ranks, device=device, timeout=timeout, shared=shared)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
