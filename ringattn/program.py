@@ -93,9 +93,11 @@ def build_program(schedule: Schedule, rank: int, kernel: Kernel, device: torch.d
     check_bounds(schedule)
     exchanges = _exchanges(schedule, rank)
     launches = _launches(schedule, rank, kernel, device)
+    # Packing takes time on a GPU: the slower lane is packed first, on every rank alike.
+    posts = sorted(exchanges, key=lambda found: -found[1].lane)
     steps = tuple(
         Step(
-            posts=tuple(e for post, e in exchanges if post == step),
+            posts=tuple(e for post, e in posts if post == step),
             launches=launches.get(step, ()),
             lands=tuple(e.tag for _, e in exchanges if e.land == step),
         )

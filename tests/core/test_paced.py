@@ -223,3 +223,23 @@ def test_a_gpu_holds_messages_back_until_they_are_due() -> None:
         assert torch.equal(copied[PIECE:].cpu(), source[:64])
     for arrival in fabric.arrivals():
         assert arrival.achieved >= arrival.asked
+
+
+def test_the_slower_lane_is_posted_first_and_classes_keep_their_order() -> None:
+    case = {
+        "mask": "full", "layout": "zigzag", "method": "double_ring", "world": 8, "heads": "8:2",
+        "batch": 1, "kernel": "matmul", "node": 4,
+    }  # fmt: skip
+    plan = plan_of(case)
+    both = 0
+    for rank in range(plan.world):
+        steps = plan.program("forward", rank, "matmul", CPU).steps
+        for step in steps:
+            lanes = [exchange.lane for exchange in step.posts]
+            assert lanes == sorted(lanes, reverse=True)
+            both += len(set(lanes)) == 2
+        posted = [exchange for step in steps for exchange in step.posts]
+        for kind in {(e.lane, e.long) for e in posted}:
+            tags = [e.tag for e in posted if (e.lane, e.long) == kind]
+            assert tags == sorted(tags)
+    assert both > 0
