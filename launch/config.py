@@ -15,13 +15,15 @@ class RunConfig:
     Attributes:
         dir: run folder; everything the run writes lies below it.
         name: title of the loss curve; "" takes the folder's name.
-        device: "auto" takes the GPUs when there are any, else the CPU.
+        device: "cuda" gives each rank a GPU of its own; "cuda_shared" lets the ranks of a host
+            share its GPUs, with messages staged through host memory: slow, for tests; "auto" takes
+            the first of "cuda", "cuda_shared" and "cpu" that the host can run.
         timeout_s: seconds a collective waits for another rank before the run fails.
     """
 
     dir: str = "runs/default"
     name: str = ""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "cuda_shared"] = "auto"
     timeout_s: float = 600.0
 
 

@@ -26,7 +26,7 @@ from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
-from ringattn.launch.session import check_device
+from ringattn.launch.session import place_ranks
 from ringattn.methods import METHODS
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +63,7 @@ def open_job(config: Config, local_world: int) -> Job:
         UserError: naming key, value, rule and fix.
     """
     check_config(config)
-    device_type = check_device(config, local_world)
+    device_type = place_ranks(config, local_world).device_type
     meta = load_meta(config.data.path)
     shape = resolve_model(config, meta.vocab_size)
     path, seq_len, longest = config.data.path, config.data.seq_len, config.data.max_document
@@ -96,9 +96,12 @@ def open_job(config: Config, local_world: int) -> Job:
 
 
 def build_context(
-    config: Config, shape: ModelConfig, group: DeviceMesh | int
+    config: Config, shape: ModelConfig, group: DeviceMesh | int, staged: str | None = None
 ) -> ra.ContextParallel:
-    """The attention of a group of ranks, or of a number of simulated ones. No communication."""
+    """The attention of a group of ranks, or of a number of simulated ones. No communication.
+
+    `staged` is as in `ContextParallel`.
+    """
     attention = config.attention
     wire = attention.wire_dtype
     options = {"u": attention.u, "stages": attention.stages, "save": int(attention.save) or None}
@@ -115,6 +118,7 @@ def build_context(
         options={name: value for name, value in options.items() if value is not None},
         refine=attention.refine or None,
         timeout=timedelta(seconds=config.run.timeout_s),
+        staged=staged,
     )
 
 

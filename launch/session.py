@@ -21,13 +21,14 @@ class Session:
 
     Attributes:
         ranks: its place in the job.
-        device: its device.
+        device: its device. shared: whether other ranks use the same GPU.
         timeout: how long a collective waits for a missing rank.
     """
 
     ranks: Ranks
     device: torch.device
     timeout: timedelta
+    shared: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -37,16 +38,29 @@ class Session:
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.ranks.world > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            alone = self.device.type == "cuda" and not self.shared
+            dist.barrier(device_ids=[self.device.index] if alone else None)
 
 
-def check_device(config: Config, local_world: int) -> str:
-    """The device type that `local_world` ranks of one host run on: "cpu" or "cuda".
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What the ranks of a host run on.
 
-    "auto" takes the GPUs when every rank can have one of its own.
+    Attributes:
+        device_type: "cpu" or "cuda".
+        gpus: GPUs that are used. shared: whether several ranks share one; then gloo joins them.
+    """
+
+    device_type: str
+    gpus: int = 0
+    shared: bool = False
+
+
+def place_ranks(config: Config, local_world: int) -> Placement:
+    """What `local_world` ranks of one host run on, by ``run.device``.
 
     Raises:
-        UserError: ``run.device=cuda`` without a GPU for each rank.
+        UserError: ``run.device=cuda`` without a GPU for each rank, or ``cuda_shared`` without any.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.run.device
@@ -54,9 +68,18 @@ def check_device(config: Config, local_world: int) -> str:
         raise UserError(
             "run.device=cuda",
             f"needs one GPU per rank: {local_world} ranks, {gpus} GPUs on this host",
-            "set run.device=cpu, or lower parallel.dp or parallel.cp",
+            "set run.device=cuda_shared or cpu, or lower parallel.dp or parallel.cp"
+            if gpus
+            else "set run.device=cpu",
         )
-    return "cuda" if wanted != "cpu" and gpus >= local_world else "cpu"
+    if wanted == "cuda_shared" and not gpus:
+        raise UserError(
+            "run.device=cuda_shared", "there is no GPU on this host", "set run.device=cpu"
+        )
+    if wanted == "cpu" or not gpus:
+        return Placement(device_type="cpu")
+    shared = wanted == "cuda_shared" or gpus < local_world
+    return Placement(device_type="cuda", gpus=gpus, shared=shared)
 
 
 def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
@@ -78,24 +101,24 @@ def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Se
         UserError: the device is not there.
     """
     timeout = timedelta(seconds=config.run.timeout_s)
-    device_type = check_device(config, ranks.local_world)
+    placement = place_ranks(config, ranks.local_world)
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     if config.train.deterministic:
         # cuBLAS reads this when it is first used; without it deterministic products are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if device_type == "cuda":
-        device, backend = torch.device("cuda", ranks.local_rank), "cpu:gloo,cuda:nccl"
+    device, backend = torch.device("cpu"), "gloo"
+    if placement.device_type == "cuda":
+        device = torch.device("cuda", ranks.local_rank % placement.gpus)
         torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "gloo" if placement.shared else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
     )
     finished = False
     try:
-        yield Session(ranks=ranks, device=device, timeout=timeout)
+        yield Session(ranks=ranks, device=device, timeout=timeout, shared=placement.shared)
         finished = True
     finally:
         # After a failure peers may be gone, and an orderly shutdown would wait for them.

@@ -55,7 +55,8 @@ class Trainer:
         )
         torch.manual_seed(self.config.seed)
         self.engine = ReplicatedEngine(self.config, job.shape, session.device, self.mesh.world)
-        self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh)
+        staged = "cuda" if session.shared else None
+        self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
         self.start, origin = self._restore()
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)

@@ -1,4 +1,7 @@
-"""The fabric: carries a schedule's messages between ranks, by process group or in one process."""
+"""The fabric: carries a schedule's messages between ranks, by process group or in one process.
+
+`ringattn.parallel.staged` and `ringattn.parallel.paced` hold others.
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,6 +13,12 @@ import torch
 import torch.distributed as dist
 
 Message = tuple[int, torch.Tensor]  # (peer rank in the group, flat uint8 tensor)
+
+
+def backend_of(group: dist.ProcessGroup, device_type: str) -> str:
+    """The back end that carries a group's tensors of a device type; "" where there is none."""
+    pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {device: backend for device, _, backend in pairs}.get(device_type, "")
 
 
 class Handle(Protocol):
@@ -66,8 +75,10 @@ class ProcessGroupFabric:
     """A fabric over a torch.distributed process group (gloo or NCCL).
 
     NCCL completes a batch as a whole and its first point-to-point batch needs every rank, so each
-    (lane, long-lived) class gets a communicator of its own, opened by an all-reduce. gloo matches
-    messages by tag and needs only the one group.
+    (lane, long-lived) class gets a communicator of its own, opened by an all-reduce. Its kernels
+    get a stream of high priority: they become ready together with the step's attention kernels,
+    and would otherwise start when those leave the GPU. gloo matches messages by tag and needs only
+    the one group.
 
     Args:
         group: the context-parallel group.
@@ -81,16 +92,22 @@ class ProcessGroupFabric:
         self.group, self.device, self.timeout = group, device, timeout
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.received_bytes = 0
-        self._batched = "nccl" in dist.get_backend(group)
+        self._batched = backend_of(group, device.type) == "nccl"
         self._groups: dict[tuple[int, bool], dist.ProcessGroup] = {}
 
     def open(self, channels: Sequence[tuple[int, bool]]) -> None:
         if not self._batched:
             return
         for channel in sorted(set(channels) - set(self._groups)):
-            ranks = dist.get_process_group_ranks(self.group)
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            if self.timeout is not None:
+                options._timeout = self.timeout
             group = dist.new_group(
-                ranks, timeout=self.timeout, backend="nccl", use_local_synchronization=True
+                dist.get_process_group_ranks(self.group),
+                timeout=self.timeout,
+                backend="nccl",
+                pg_options=options,
+                use_local_synchronization=True,
             )
             assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=self.device), group=group)

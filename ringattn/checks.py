@@ -253,7 +253,7 @@ def check_tensors(
         raise UserError(
             f"q is on {q.device}",
             f"the group's ranks exchange tensors on {context.device.type}",
-            "move q, k and v, or use a group with that backend",
+            "move q, k and v, use a group with that backend, or pass staged= to ContextParallel",
         )
     if sinks is not None and (tuple(sinks.shape) != (hq,) or sinks.device != q.device):
         raise UserError(

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn import checks, choice, planner
+from ringattn.arena import Arena
 from ringattn.cost import Cluster, peak_bytes
 from ringattn.errors import UserError
-from ringattn.executor import Arena
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
-from ringattn.parallel.fabric import Fabric, ProcessGroupFabric
+from ringattn.parallel.fabric import Fabric, ProcessGroupFabric, backend_of
+from ringattn.parallel.staged import StagedFabric, check_staging
 from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
 from ringattn.plan import Plan
 
@@ -46,6 +47,9 @@ class ContextParallel:
             layout is not a `Layout`; default none. Each costs about as much as a plan.
         memory_limit: most bytes per batch element that a plan may need beyond the shards.
         timeout: how long a move may take on gloo; the group's own timeout by default.
+        staged: "cuda" sends CUDA tensors through pinned host memory over gloo, so that ranks may
+            share a GPU, which NCCL refuses; "cpu" does the same with CPU tensors, as a test.
+            Default: straight over the group's back end.
         options: settings of the method, e.g. {"stages": 4} for direct. What is left open is chosen
             by predicted time where there is a cluster.
         layout_options: settings of a named layout, e.g. {"max_imbalance": 1.05} for node_balanced
@@ -69,6 +73,7 @@ class ContextParallel:
         ranks_per_node: int | None = None,
         memory_limit: int | None = None,
         timeout: timedelta | None = None,
+        staged: str | None = None,
         options: dict[str, int] | None = None,
         layout_options: "dict[str, int | float] | None" = None,
         refine: int | None = None,
@@ -93,6 +98,8 @@ class ContextParallel:
         checks.options(self.options, method, self.cluster is not None)
         checks.layout_options(self.layout_options, layout)
         checks.is_duration(timeout)
+        check_staging(staged, self.group)
+        self.staged = staged
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
@@ -100,8 +107,10 @@ class ContextParallel:
 
     @property
     def device(self) -> torch.device:
-        """Where positions are put: this rank's accelerator for NCCL groups, else the CPU."""
-        if self.group is not None and "nccl" in dist.get_backend(self.group):
+        """Where positions are put: this rank's accelerator for NCCL groups and where CUDA tensors
+        are staged, else the CPU."""
+        nccl = self.group is not None and backend_of(self.group, "cuda") == "nccl"
+        if self.staged == "cuda" or (nccl and self.staged is None):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
@@ -110,7 +119,8 @@ class ContextParallel:
         key = device.type
         if key not in self._fabrics:
             assert self.group is not None
-            self._fabrics[key] = ProcessGroupFabric(self.group, device, self.timeout)
+            kind = ProcessGroupFabric if self.staged is None else StagedFabric
+            self._fabrics[key] = kind(self.group, device, self.timeout)
         return self._fabrics[key]
 
     def require_ranks(self, what: str) -> None:

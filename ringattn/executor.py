@@ -1,11 +1,14 @@
 """The executor: runs any plan. Per step it posts moves, launches kernels, applies what lands."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch.profiler import record_function
 
+from ringattn.arena import Arena
 from ringattn.errors import CommunicationError
 from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
@@ -49,48 +52,22 @@ def backward_home(
     }
 
 
-class Arena:
-    """One growing buffer from which a run carves its slots and messages; reused by every run.
+@dataclass(frozen=True)
+class _Parcel:
+    """A message's flat buffer, and its views: one list of tensors per part."""
 
-    A run's tensors are valid until the next run that uses the same arena.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-        self._wanted = 0
-
-    def reset(self, device: torch.device) -> None:
-        """Starts a new run. Grows to what the last run wanted."""
-        if self._buffer.device != device or self._buffer.numel() < self._wanted:
-            self._buffer = torch.empty(self._wanted, dtype=torch.uint8, device=device)
-        self._used = self._wanted = 0
-
-    def take(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """An uninitialised tensor; from the heap when the buffer is full."""
-        count = 1
-        for n in shape:
-            count *= n
-        size = count * dtype.itemsize
-        padded = -(-size // 64) * 64
-        self._wanted += padded
-        if self._used + padded > self._buffer.numel():
-            return torch.empty(shape, dtype=dtype, device=device)
-        part = self._buffer[self._used : self._used + size]
-        self._used += padded
-        return part.view(dtype).view(shape)
+    flat: torch.Tensor
+    views: list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """An exchange under way: its handle, and the flat buffers sent and received per peer."""
+    """An exchange under way: its handle, and what is sent and received per peer."""
 
     handle: Handle
     exchange: Exchange
-    sent: dict[int, torch.Tensor]
-    inbox: dict[int, torch.Tensor]
+    sent: dict[int, _Parcel]
+    inbox: dict[int, _Parcel]
 
 
 @dataclass
@@ -140,23 +117,23 @@ class Run:
         name = self.program.schedule.direction
         for index, step in enumerate(self.program.steps):
             with record_function(f"ringattn {name} step {index} post"):
-                self.post(step)
+                self.post(index, step)
             with record_function(f"ringattn {name} step {index} compute"):
                 self.compute(step)
             with record_function(f"ringattn {name} step {index} land"):
                 self.land(index, step)
 
-    def post(self, step: Step) -> None:
+    def post(self, index: int, step: Step) -> None:
         """Captures the sources of the step's moves and starts their exchanges."""
+        rank = self.fabric.rank
         for exchange in step.posts:
             moved = f"ringattn move tag {exchange.tag} lane {Lane(exchange.lane).name.lower()}"
-            with record_function(moved):
-                rank = self.fabric.rank
+            with record_function(moved), self._naming(index, exchange):
                 sent = {m.peer: self._pack(m) for m in exchange.sends}
-                inbox = {m.peer: self._buffer(m) for m in exchange.recvs if m.peer != rank}
+                inbox = {m.peer: self._parcel(m) for m in exchange.recvs if m.peer != rank}
                 handle = self.fabric.exchange(
-                    [(p, t) for p, t in sent.items() if p != rank],
-                    list(inbox.items()),
+                    [(peer, parcel.flat) for peer, parcel in sent.items() if peer != rank],
+                    [(peer, parcel.flat) for peer, parcel in inbox.items()],
                     lane=exchange.lane,
                     long=exchange.long,
                     tag=exchange.tag,
@@ -184,23 +161,29 @@ class Run:
     def land(self, index: int, step: Step) -> None:
         """Waits for the exchanges that end here; clears taken sources, then SETs, then ADDs."""
         flights = [self._flying.pop(tag) for tag in step.lands]
-        arrived: list[tuple[Part, tuple[torch.Tensor, ...]]] = []
+        arrived: list[tuple[Part, list[torch.Tensor]]] = []
         for flight in flights:
-            self._wait(index, flight.handle, flight.exchange)
+            with self._naming(index, flight.exchange):
+                flight.handle.wait()
             for message in flight.exchange.recvs:
-                payloads = self._unpack(message, flight.inbox[message.peer])
-                arrived += zip(message.parts, payloads, strict=True)
+                arrived += zip(message.parts, flight.inbox[message.peer].views, strict=True)
             for part in (p for m in flight.exchange.sends for p in m.parts if p.take):
                 _clear(part.key[0], self._select(part))
         arrived.sort(key=lambda pair: (pair[0].op, pair[0].order))
-        for part, payload in arrived:
-            _apply(part, self._select(part), payload)
+        for op, same in groupby(arrived, key=lambda pair: pair[0].op):
+            if op == Op.SET:
+                _copy((payload, self._select(part)) for part, payload in same)
+            else:
+                for part, payload in same:
+                    _add(part, self._select(part), payload)
         for flight in flights:
             self._release([*flight.sent.values(), *flight.inbox.values()])
 
-    def _wait(self, index: int, handle: Handle, exchange: Exchange) -> None:
+    @contextmanager
+    def _naming(self, index: int, exchange: Exchange) -> Iterator[None]:
+        """Turns a failure of the fabric into an error that names rank, step and move."""
         try:
-            handle.wait()
+            yield
         except RuntimeError as error:
             moves = ", ".join(
                 f"{Channel(part.key[0]).name} rows {part.rows.start}:{part.rows.stop} "
@@ -229,9 +212,10 @@ class Run:
                 pieces.append((number, index, dtype, tuple(tensor.shape)))
         return sorted(pieces, key=lambda piece: -piece[2].itemsize)
 
-    def _buffer(self, message: Message) -> torch.Tensor:
+    def _parcel(self, message: Message) -> _Parcel:
         """A flat buffer for a message, recycled from a landed one where that is large enough."""
-        size = sum(_bytes(dtype, shape) for _, _, dtype, shape in self._layout(message))
+        layout = self._layout(message)
+        size = sum(_bytes(dtype, shape) for _, _, dtype, shape in layout)
         fitting = [b for b in self._spare if b.numel() >= size]
         if fitting:
             spare = min(fitting, key=torch.Tensor.numel)
@@ -239,32 +223,23 @@ class Run:
         else:
             spare = self.arena.take((size,), torch.uint8, self._home(Channel.K)[0].device)
         self._whole[spare.data_ptr()] = spare
-        return spare[:size]
-
-    def _release(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._spare += [
-            self._whole.pop(t.data_ptr()) for t in tensors if t.data_ptr() in self._whole
-        ]
-
-    def _views(self, message: Message, flat: torch.Tensor) -> list[list[torch.Tensor]]:
-        """The flat buffer as one list of tensors per part."""
         views: list[dict[int, torch.Tensor]] = [{} for _ in message.parts]
         offset = 0
-        for number, index, dtype, shape in self._layout(message):
-            size = _bytes(dtype, shape)
-            views[number][index] = flat[offset : offset + size].view(dtype).view(shape)
-            offset += size
-        return [[part[index] for index in sorted(part)] for part in views]
+        for number, index, dtype, shape in layout:
+            end = offset + _bytes(dtype, shape)
+            views[number][index] = spare[offset:end].view(dtype).view(shape)
+            offset = end
+        return _Parcel(spare[:size], [[part[index] for index in sorted(part)] for part in views])
 
-    def _pack(self, message: Message) -> torch.Tensor:
-        flat = self._buffer(message)
-        for part, views in zip(message.parts, self._views(message, flat), strict=True):
-            for view, tensor in zip(views, self._select(part), strict=True):
-                view.copy_(tensor)
-        return flat
+    def _release(self, parcels: Iterable[_Parcel]) -> None:
+        places = (parcel.flat.data_ptr() for parcel in parcels)
+        self._spare += [self._whole.pop(place) for place in places if place in self._whole]
 
-    def _unpack(self, message: Message, flat: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        return [tuple(views) for views in self._views(message, flat)]
+    def _pack(self, message: Message) -> _Parcel:
+        parcel = self._parcel(message)
+        parts = zip(message.parts, parcel.views, strict=True)
+        _copy((self._select(part), views) for part, views in parts)
+        return parcel
 
 
 def _lse_channel(direction: str) -> Channel:
@@ -286,11 +261,16 @@ def _clear(channel: int, tensors: Slot) -> None:
         tensor.fill_(-torch.inf if exact else 0.0)
 
 
-def _apply(part: Part, target: Slot, payload: tuple[torch.Tensor, ...]) -> None:
-    if part.op == Op.SET:
-        for tensor, value in zip(target, payload, strict=True):
-            tensor.copy_(value)
-    elif part.key[0] == Channel.O:
+def _copy(pairs: Iterable[tuple[Iterable[torch.Tensor], Iterable[torch.Tensor]]]) -> None:
+    """Copies each source over its target, in one call: messages have many small parts, and a call
+    for each would keep the host from running ahead of a GPU."""
+    both = [(s, t) for sources, targets in pairs for s, t in zip(sources, targets, strict=True)]
+    if both:
+        torch._foreach_copy_([target for _, target in both], [source for source, _ in both])
+
+
+def _add(part: Part, target: Slot, payload: list[torch.Tensor]) -> None:
+    if part.key[0] == Channel.O:
         out, lse = target
         merge_partial(out, lse, payload[0].to(out.dtype), payload[1])
     else:

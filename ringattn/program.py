@@ -93,9 +93,11 @@ def build_program(schedule: Schedule, rank: int, kernel: Kernel, device: torch.d
     check_bounds(schedule)
     exchanges = _exchanges(schedule, rank)
     launches = _launches(schedule, rank, kernel, device)
+    # Packing takes time on a GPU: the slower lane is packed first, on every rank alike.
+    posts = sorted(exchanges, key=lambda found: -found[1].lane)
     steps = tuple(
         Step(
-            posts=tuple(e for post, e in exchanges if post == step),
+            posts=tuple(e for post, e in posts if post == step),
             launches=launches.get(step, ()),
             lands=tuple(e.tag for _, e in exchanges if e.land == step),
         )
@@ -129,12 +131,18 @@ def _launches(
     return table
 
 
-def _exchanges(schedule: Schedule, rank: int) -> list[tuple[int, Exchange]]:
-    """This rank's exchanges with their posts, in the order that all ranks share."""
+def exchange_tags(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """(post, land, lane) of every exchange by its tag, and the tag of every move."""
     moves = schedule.moves
     classes = np.stack([moves["post"], moves["land"], moves["lane"]], axis=1)
     unique, tags = np.unique(classes, axis=0, return_inverse=True)
-    tags = tags.reshape(-1)
+    return unique, tags.reshape(-1)
+
+
+def _exchanges(schedule: Schedule, rank: int) -> list[tuple[int, Exchange]]:
+    """This rank's exchanges with their posts, in the order that all ranks share."""
+    moves = schedule.moves
+    unique, tags = exchange_tags(schedule)
     index = np.flatnonzero((moves["src"] == rank) | (moves["dst"] == rank))
     index = index[np.argsort(tags[index], kind="stable")]
     result = []

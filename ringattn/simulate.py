@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ringattn.arena import Arena
 from ringattn.checks import check_softcap, check_tensors
 from ringattn.errors import UserError
-from ringattn.executor import Arena, Run, Slots, backward_home, forward_home
+from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.parallel.fabric import LocalFabric
 from ringattn.plan import Plan
 from ringattn.routing import select_whole
@@ -100,7 +101,7 @@ def _lockstep(
         runs.append(Run(program, fabric, Arena(), homes[rank], saved=saved[rank], **options))
     for index in range(plan.schedule(direction).nsteps):
         for run in runs:
-            run.post(run.program.steps[index])
+            run.post(index, run.program.steps[index])
         for run in runs:
             run.compute(run.program.steps[index])
         for run in runs:

@@ -32,13 +32,14 @@ def run_case(
     make: Callable[..., ra.Plan] = plan_of,
     **options: Any,
 ) -> Results:
-    """Whole tensors of one case as this rank sees them; checks bytes, bits and shards.
+    """Whole tensors of one case as this rank sees them, on the CPU; checks bytes, bits and shards.
 
     dsinks is the sum over ranks; lse comes from a forward without autograd. `make` makes the plan.
     """
-    x = x or inputs_of(case)
     plan = make(case, group, **options)
-    fabric = plan.context.fabric(torch.device("cpu"))
+    device = plan.context.device
+    x = _on(x or inputs_of(case), device)
+    fabric = plan.context.fabric(device)
     rank, batch = dist.get_rank(group), x.q.shape[0]
     local = attend(plan, x)
     planned = batch * (plan.bytes(rank, "forward") + plan.bytes(rank, "backward"))
@@ -58,7 +59,12 @@ def run_case(
     if dsinks is not None:
         dist.all_reduce(dsinks, group=group)
         whole["dsinks"] = dsinks
-    return whole
+    return {name: tensor.cpu() for name, tensor in whole.items()}
+
+
+def _on(x: Inputs, device: torch.device) -> Inputs:
+    sinks = None if x.sinks is None else x.sinks.to(device)
+    return Inputs(*(t.to(device) for t in x.tensors), sinks=sinks, softcap=x.softcap)
 
 
 def run_cases(

@@ -71,11 +71,14 @@ def test_other_plans_on_one_rank_are_an_error_on_all(odd: int, what: str) -> Non
         assert "give every rank the same mask" in message
 
 
-def _absent(rank: int, world: int, group: dist.ProcessGroup, moment: str) -> tuple[str, str] | None:
+def _absent(
+    rank: int, world: int, group: dist.ProcessGroup, moment: str, staged: str | None
+) -> tuple[str, str] | None:
     """Rank 1 stays away at some moment. Returns the error's type and text on rank 0."""
     del world
     first_use = moment == "first use"
-    plan = _context(group, timeout=TIMEOUT if first_use else None).plan(ra.masks.full(S))
+    context = _context(group, timeout=TIMEOUT if first_use else None, staged=staged)
+    plan = context.plan(ra.masks.full(S))
     x = inputs(S, 4, 1)
     q, k, v = (plan.shard(t).requires_grad_() for t in (x.q, x.k, x.v))
     if first_use:
@@ -90,7 +93,11 @@ def _absent(rank: int, world: int, group: dist.ProcessGroup, moment: str) -> tup
     plan.context.fabric(q.device).timeout = TIMEOUT  # type: ignore[attr-defined]
     if moment == "backward":
         return _error_of(lambda: out.backward(plan.shard(x.dout)))
-    return _error_of(lambda: ra.attention(q, k, v, plan))
+    first = _error_of(lambda: ra.attention(q, k, v, plan))
+    if staged and moment == "forward":  # a late message must not meet another run's memory
+        _, again = _error_of(lambda: ra.attention(q, k, v, plan))
+        assert "an earlier exchange failed: " in again
+    return first
 
 
 def _error_of(action: Callable[[], object]) -> tuple[str, str]:
@@ -101,17 +108,23 @@ def _error_of(action: Callable[[], object]) -> tuple[str, str]:
     return "none", "no error"
 
 
+@pytest.mark.parametrize("staged", [None, "cpu"])
 @pytest.mark.parametrize("moment", ["forward", "backward", "gone"])
-def test_a_rank_that_does_not_come_is_named_in_time(pair: RankPool, moment: str) -> None:
-    answer, _ = pair.run(_absent, (moment,), {}, timeout=30)
+def test_a_rank_that_does_not_come_is_named_in_time(
+    pair: RankPool, moment: str, staged: str | None
+) -> None:
+    answer, _ = pair.run(_absent, (moment, staged), {}, timeout=30)
     kind, message = answer
     assert kind == CommunicationError.__name__, message
     direction = "backward" if moment == "backward" else "forward"
     assert message.startswith(f"rank 0: {direction} plan step 0: move 0 (K rows 0:32 from rank 1)")
 
 
-def test_a_rank_that_never_comes_to_the_first_use_is_told_in_time(pair: RankPool) -> None:
-    answer, _ = pair.run(_absent, ("first use",), {}, timeout=30)
+@pytest.mark.parametrize("staged", [None, "cpu"])
+def test_a_rank_that_never_comes_to_the_first_use_is_told_in_time(
+    pair: RankPool, staged: str | None
+) -> None:
+    answer, _ = pair.run(_absent, ("first use", staged), {}, timeout=30)
     kind, message = answer
     assert kind == CommunicationError.__name__, message
     assert message.startswith("rank 0: comparing plans before step 0 did not complete: ")

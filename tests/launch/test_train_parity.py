@@ -61,6 +61,14 @@ def test_one_pack_per_step(
     assert_parity(one_rank, train_pooled(tiny_values(corpus, tmp_path / "run") | MESHES[mesh]))
 
 
+@pytest.mark.gpu
+def test_ranks_that_share_a_gpu(
+    corpus: Path, one_rank: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, run__device="cuda_shared")
+    assert_parity(one_rank, train_pooled(values), tolerance=1e-2)
+
+
 def test_two_packs_per_step(corpus: Path, tmp_path: Path) -> None:
     """Accumulation and data parallelism read the same packs: 1 × 2 = 2 × 1, with and without cp."""
     runs = {

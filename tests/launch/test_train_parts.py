@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from ringattn.errors import UserError
 from ringattn.kernels import linear_loss
 from ringattn.launch import loss
+from ringattn.launch.config import Config, DataConfig, RunConfig
 from ringattn.launch.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_lines
 from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.packing import IGNORE
 from ringattn.launch.progress import ProgressLine, format_seconds
+from ringattn.launch.session import Placement, place_ranks
 from ringattn.parallel.grads import GradientBuckets
 from ringattn.parallel.mesh import build_mesh
 from tests.ranks import run_ranks
@@ -136,3 +139,33 @@ def test_progress_line() -> None:
     assert terminal.getvalue().count("\r") == 25
     assert terminal.getvalue().endswith("\na note\n")
     assert [format_seconds(s) for s in (7.4, 185, 7620)] == ["7s", "3m05s", "2h07m"]
+
+
+CPU, OWN = Placement(device_type="cpu"), Placement(device_type="cuda", gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("auto", 0, CPU),
+        ("auto", 4, OWN),
+        ("auto", 1, Placement(device_type="cuda", gpus=1, shared=True)),
+        ("cpu", 4, CPU),
+        ("cuda", 4, OWN),
+        ("cuda", 3, "needs one GPU per rank: 4 ranks, 3 GPUs on this host"),
+        ("cuda_shared", 3, Placement(device_type="cuda", gpus=3, shared=True)),
+        ("cuda_shared", 4, Placement(device_type="cuda", gpus=4, shared=True)),
+        ("cuda_shared", 0, "there is no GPU on this host"),
+    ],
+)
+def test_what_four_ranks_of_a_host_run_on(
+    device: Any, gpus: int, expected: Placement | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = Config(data=DataConfig(path="x", seq_len=8), run=RunConfig(device=device))
+    if isinstance(expected, Placement):
+        assert place_ranks(config, 4) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        place_ranks(config, 4)

@@ -90,7 +90,9 @@ def _train_on_rank(
     config = config_from_values(values)
     ranks = Ranks(rank=rank, world=world, local_rank=rank, local_world=world)
     timeout = timedelta(seconds=config.run.timeout_s)
-    session = Session(ranks=ranks, device=torch.device("cpu"), timeout=timeout)
+    shared = config.run.device == "cuda_shared"
+    device = torch.device("cuda", 0) if shared else torch.device("cpu")
+    session = Session(ranks=ranks, device=device, timeout=timeout, shared=shared)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
@@ -156,7 +158,9 @@ def _local_positions() -> Any:
 def _rank_with_no_tokens() -> Any:
     """No mistake: a layout that leaves the second rank without any token."""
 
-    def build(config: Config, shape: Any, group: Any) -> ra.ContextParallel:
+    def build(
+        config: Config, shape: Any, group: Any, staged: str | None = None
+    ) -> ra.ContextParallel:
         seq_len, cp = config.data.seq_len, config.parallel.cp
         sizes = [seq_len - 10 * (cp - 2), 0, *[10] * (cp - 2)]
         return ra.ContextParallel(
@@ -165,6 +169,7 @@ def _rank_with_no_tokens() -> Any:
             head_dim=shape.head_dim,
             dtype=COMPUTE_DTYPES[config.train.dtype],
             layout=ra.layouts.contiguous(seq_len, cp, sizes),
+            staged=staged,
         )
 
     return mock.patch.object(trainer, "build_context", build)
