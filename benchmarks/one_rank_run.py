@@ -98,7 +98,8 @@ class Player:
         self._home: dict[Direction, Callable[[], Slots]] = {
             "forward": lambda: forward_home(self.q, self.k, self.v, None)
         }
-        self.kernel = plan.kernel_name(self._home["forward"](), None)
+        chosen = plan.chosen_program("forward", rank, self._home["forward"](), None)
+        self.kernel = chosen.kernel.name
         known = self.kernel if self.kernel in cluster.kernels else cluster.kernel
         self.priced_as, schedules = known, (plan.forward, plan.backward)
         self._timings: dict[Direction, dict[int, Timing]] = {}

@@ -21,6 +21,8 @@ class Kernel(Protocol):
     """Local attention over a tile list. Stateless: `prepare` holds whatever can be done once."""
 
     name: str
+    reads_around: bool
+    """Whether rows that no tile names may be read. They must then hold finite numbers."""
 
     def refusal(
         self, *, device: str, dtype: torch.dtype, head_dim: tuple[int, int], softcap: float | None

@@ -67,6 +67,7 @@ class CpuFlashKernel:
     """See the module docstring. Implements `ringattn.kernels.base.Kernel`."""
 
     name = "cpu_flash"
+    reads_around = False
 
     def refusal(
         self, *, device: str, dtype: torch.dtype, head_dim: tuple[int, int], softcap: float | None

@@ -111,6 +111,7 @@ class MatmulKernel:
     """See the module docstring. Implements `ringattn.kernels.base.Kernel`."""
 
     name = "matmul"
+    reads_around = False
 
     def refusal(
         self, *, device: str, dtype: torch.dtype, head_dim: tuple[int, int], softcap: float | None

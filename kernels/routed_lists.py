@@ -185,18 +185,21 @@ def routed_work(
         part = _turn(works, group)
         shared = bool(part.any()) and not deterministic
         rounds = [works] if shared else [works[part == n] for n in range(int(part.max()) + 1)]
-    tables = [torch.from_numpy(t).to(device) for t in (routed.items.items, routed.items.refs)]
+    item_table, ref_table = (
+        torch.from_numpy(t).to(device) for t in (routed.items.items, routed.items.refs)
+    )
     lists = selection.blocks.shape[1] * len(routed.items.items)
     return [
         (
             WorkList(
-                1,
-                torch.from_numpy(np.ascontiguousarray(mine)).to(device),
-                *tables,
-                ranges,
-                entries,
-                True,
-                lists,
+                step=1,
+                works=torch.from_numpy(np.ascontiguousarray(mine)).to(device),
+                items=item_table,
+                refs=ref_table,
+                ranges=ranges,
+                entries=entries,
+                listed=True,
+                range_batch=lists,
             ),
             shared,
         )

@@ -11,6 +11,8 @@ written by one program, so that results repeat bit by bit. Formulas as in FlashA
 probabilities then vanish, and delta.
 """
 
+# A jitted function is launched, not called, as far as its type says; inside another it is called.
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 

@@ -36,6 +36,7 @@ class TritonBandKernel:
     """
 
     name = "triton"
+    reads_around = True
 
     def __init__(
         self, configs: Mapping[Part, BlockConfig] | None = None, deterministic: bool | None = None

@@ -16,7 +16,7 @@ SHORT_RUN, MOST_ENTRIES = 8, 1 << 22
 """Runs of fewer blocks are written out, unless that makes a larger table."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class WorkList:
     """One launch. Tensors int32 on the device; columns as in `ringattn.kernels.triton_forward`.
 
@@ -81,9 +81,13 @@ def work_list(
     else:
         ranges, entries = np.zeros((1, 2), dtype=np.int32), np.zeros((1, 3), dtype=np.int32)
     return WorkList(
-        items.step,
-        *(_on(table, device) for table in (works, items.items, items.refs, ranges, entries)),
-        listed,
+        step=items.step,
+        works=_on(works, device),
+        items=_on(items.items, device),
+        refs=_on(items.refs, device),
+        ranges=_on(ranges, device),
+        entries=_on(entries, device),
+        listed=listed,
     )
 
 

@@ -21,9 +21,8 @@ class Arena:
         """Starts a new run on the current stream. Grows to what the last run wanted."""
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if self._owner != (device, stream) or self._buffer.numel() < self._wanted:
-            self._buffer = self._buffer[
-                :0
-            ].clone()  # the old one is free before the new one is made
+            # Empty first: the old buffer is free before the new one is made.
+            self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
             self._buffer = torch.empty(self._wanted, dtype=torch.uint8, device=device)
             self._owner = (device, stream)
         self._used = self._wanted = 0

@@ -108,6 +108,9 @@ class Run:
             self.slots[channel, slot] = made
             if channel in ACCUMULATORS:
                 _clear(channel, made)
+            elif self.program.kernel.reads_around:
+                for tensor in made[len(kept) :]:
+                    tensor.zero_()
 
     def _home(self, channel: Channel) -> Slot:
         return self.slots[int(channel), 0]

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-# Before triton is imported: without a GPU its kernels run in its interpreter. On a machine with one,
-# TRITON_INTERPRET=0 lets the tests marked gpu compile them.
+# Before triton is imported: its kernels run in its interpreter. On a machine with a GPU,
+# TRITON_INTERPRET=0 lets the tests marked gpu compile them instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.ranks import close_pools, run_ranks

@@ -4,6 +4,8 @@ Blocks are small, so that small problems fall into many. Plans of every mask run
 `tests/core/test_triton_plans.py`.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_a_wrong_edge_is_noticed(
 
     tiles = tile_table((0, 4, 0, 64, 0, 64, -OPEN, 0, 1))
     p = problem(tiles, generator, rows=64, keys=64, dtype=torch.float32)
-    bounds = triton_forward.run_bounds
+    bounds: Any = triton_forward.run_bounds
 
     def wider(*arguments):
         first, end, full0, full1 = bounds(*arguments)
