@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ringattn.kernels.band_windows import tight
+from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.cpu_calls import Call, build_calls
 from ringattn.kernels.cpu_cells import Cell
@@ -118,7 +119,7 @@ class AtenCudnn:
 
 @dataclass(frozen=True)
 class PreparedCudnn:
-    """Calls of cuDNN, and what the flash kernel computes (block tiles among it)."""
+    """Calls of cuDNN, and what the flash kernel computes (run-time blocks among it)."""
 
     calls: tuple[Call, ...]
     rest: PreparedWindows
@@ -167,11 +168,11 @@ class CudnnKernel:
     def prepare(
         self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
     ) -> PreparedCudnn:
-        """The calls of a tile table, cuDNN's and the flash kernel's."""
-        dense = dense_tiles(tiles)
-        return PreparedCudnn(
-            build_calls(tiles[dense], _cells), self._flash.prepare(tiles[~dense], device, blocks)
-        )
+        """The calls of a tile table and of known block matrices, cuDNN's and the flash kernel's."""
+        bands = np.concatenate([tiles, block_bands(blocks)])
+        dense = dense_tiles(bands)
+        rest = self._flash.prepare(bands[~dense], device, routed_tiles(blocks))
+        return PreparedCudnn(build_calls(bands[dense], _cells), rest)
 
     @torch.no_grad()
     def forward(

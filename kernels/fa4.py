@@ -1,6 +1,7 @@
 """Local attention over FlashAttention-4, as registered with PyTorch (Hopper, Blackwell)."""
 
 import torch
+from torch.nn.attention import _fa4
 
 from ringattn.kernels.flash_op import AtenFlash, FlashOp
 from ringattn.kernels.registered_flash import refuse_registered
@@ -28,6 +29,8 @@ class Fa4Kernel(WindowKernel):
         self, *, device: str, dtype: torch.dtype, head_dim: tuple[int, int], softcap: float | None
     ) -> str | None:
         """Needs FA4 installed, a GPU it has kernels for, and what `flash` needs; D up to 128."""
+        if not hasattr(_fa4, "_aten_to_fa4_window_size"):
+            return f"PyTorch {torch.__version__} registers FA4 without windows"
         return refuse_registered(
             IMPLEMENTATION,
             MODULE,

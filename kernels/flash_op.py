@@ -94,17 +94,18 @@ class AtenFlash:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `FlashOp.forward`."""
         self._activate()
+        causal, left, right = window_arguments(window)
         out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
             q,
             k,
             v,
             *_length_arguments(q, k, lengths),
             0.0,  # dropout_p
-            False,  # is_causal; the window says it
+            causal,
             False,  # return_debug_mask
             scale=scale,
-            window_size_left=window[0],
-            window_size_right=window[1],
+            window_size_left=left,
+            window_size_right=right,
         )
         return out, lse
 
@@ -122,6 +123,7 @@ class AtenFlash:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `FlashOp.backward`."""
         self._activate()
+        causal, left, right = window_arguments(window)
         return torch.ops.aten._flash_attention_backward.default(
             dout,
             q,
@@ -131,13 +133,23 @@ class AtenFlash:
             lse,
             *_length_arguments(q, k, lengths),
             0.0,  # dropout_p
-            False,  # is_causal
+            causal,
             torch.zeros(2, dtype=torch.uint64, device=q.device),  # rng_state
             torch.empty(0, device=q.device),  # unused
             scale=scale,
-            window_size_left=window[0],
-            window_size_right=window[1],
+            window_size_left=left,
+            window_size_right=right,
         )
+
+
+def window_arguments(window: Window) -> tuple[bool, int | None, int | None]:
+    """is_causal, window_size_left and window_size_right.
+
+    Causal and full go without window sizes: FA4 as PyTorch 2.11 registers it bears none.
+    """
+    if window in ((-1, -1), (-1, 0)):
+        return window == (-1, 0), None, None
+    return False, *window
 
 
 def _length_arguments(

@@ -1,7 +1,7 @@
 """Local attention over FlexAttention, compiled: any tile list, as a masked product by blocks.
 
 Each mask of `flex_tables` is one launch. Partial outputs come in the inputs' dtype and are merged
-in float32; gradients likewise. Block tiles are the matmul kernel's.
+in float32; gradients likewise. Blocks selected at run time are the matmul kernel's.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch.utils._triton import has_triton
 
+from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.cpu_views import unit_stride
-from ringattn.kernels.flex_op import CompiledFlex, FlexMask, FlexOp, Problem, device_mask
-from ringattn.kernels.flex_tables import flex_tables
+from ringattn.kernels.flex_mask import FlexMask, device_mask
+from ringattn.kernels.flex_op import CompiledFlex, FlexOp, Problem
+from ringattn.kernels.flex_tables import FlexTables, flex_tables
 from ringattn.kernels.gpu_limits import capability
 from ringattn.kernels.heads import head_parts
 from ringattn.kernels.matmul import MatmulKernel, PreparedTiles
@@ -38,7 +40,7 @@ class _Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedFlex:
-    """Masks on the device with the rows and keys that they use, and block tiles."""
+    """Masks on the device with the rows and keys that they use, and tiles of run-time blocks."""
 
     launches: tuple[_Launch, ...]
     blocks: PreparedTiles
@@ -77,14 +79,16 @@ class FlexKernel:
     def prepare(
         self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
     ) -> PreparedFlex:
-        """The masks of a tile table; graphs are compiled when operands are known."""
-        launches = tuple(
-            _Launch(
-                t.h0, t.h1, _rows(t.rows, device), _rows(t.keys, device), device_mask(t, device)
-            )
-            for t in flex_tables(tiles)
+        """The masks of a tile table and of known matrices; their graphs are compiled at first use."""
+        bands = np.concatenate([tiles, block_bands(blocks)])
+        launches = tuple(self._launch(tables, device) for tables in flex_tables(bands))
+        return PreparedFlex(
+            launches, _block_kernel.prepare(tiles[:0], device, routed_tiles(blocks))
         )
-        return PreparedFlex(launches, _block_kernel.prepare(tiles[:0], device, blocks))
+
+    def _launch(self, t: FlexTables, device: torch.device) -> _Launch:
+        mask = device_mask(t, device, dense=self._op.dense)
+        return _Launch(t.h0, t.h1, _rows(t.rows, device), _rows(t.keys, device), mask)
 
     @torch.no_grad()
     def forward(

@@ -8,7 +8,6 @@ gradient, delta is ours. The operators are traced and given to Inductor as `torc
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,11 +17,9 @@ from torch._higher_order_ops.flex_attention import (
     flex_attention_backward,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention.flex_attention import BlockMask
 
-from ringattn.kernels.flex_tables import BLOCK, FlexTables
+from ringattn.kernels.flex_mask import FlexMask, Tensors
 
-Tensors = tuple[torch.Tensor, ...]
 LN2 = math.log(2.0)
 
 OPTIONS = {
@@ -44,34 +41,14 @@ class Problem(NamedTuple):
     softcap: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class FlexMask:
-    """A mask on the device.
+class FlexOp(Protocol):
+    """FlexAttention over (B, H, T, D), lse and delta (B, H, Tq) of natural logarithms.
 
     Attributes:
-        block_mask: what `BlockMask.as_tuple` gives, its test reading `buffers`.
-        buffers: tables of start, stop and, where some step is not 1, step; flat.
-        graphs: compiled graphs of this mask, by direction, problem and operands.
+        dense: whether it needs dense masks (see `device_mask`), because it does not look at blocks.
     """
 
-    block_mask: tuple[Any, ...]
-    buffers: Tensors
-    graphs: dict[Any, Callable[..., Tensors]] = field(default_factory=dict, repr=False)
-
-    @property
-    def tensors(self) -> Tensors:
-        """All tensors of the mask, for a graph to take as inputs."""
-        return (*self.buffers, *(x for x in self.block_mask if isinstance(x, torch.Tensor)))
-
-    def arguments(self, tensors: Tensors) -> tuple[tuple[Any, ...], Tensors]:
-        """(block mask, buffers) made of other tensors in the place of `tensors`."""
-        blocks = iter(tensors[len(self.buffers) :])
-        block_mask = (next(blocks) if isinstance(x, torch.Tensor) else x for x in self.block_mask)
-        return tuple(block_mask), tensors[: len(self.buffers)]
-
-
-class FlexOp(Protocol):
-    """FlexAttention over (B, H, T, D), lse and delta (B, H, Tq) of natural logarithms."""
+    dense: bool
 
     def forward(
         self,
@@ -101,6 +78,8 @@ class FlexOp(Protocol):
 
 class EagerFlex:
     """The operators' dense definition, O(Tq * Tk) memory: for tests, on any device."""
+
+    dense = True
 
     def forward(
         self,
@@ -145,6 +124,7 @@ class CompiledFlex(EagerFlex):
     Args:
         compiler: (traced graph, example inputs) -> callable; Inductor by default.
         autotune: whether Inductor times several configurations (seconds per graph).
+        dense: whether the compiler's result needs dense masks.
     """
 
     def __init__(
@@ -152,7 +132,9 @@ class CompiledFlex(EagerFlex):
         compiler: Callable[..., Callable[..., Tensors]] | None = None,
         *,
         autotune: bool = False,
+        dense: bool = False,
     ) -> None:
+        self.dense = dense
         self._compiler = compiler
         self._autotune = autotune
 
@@ -179,27 +161,6 @@ class CompiledFlex(EagerFlex):
             return self._compiler(traced, inputs)
         options = {"max_autotune": True} if self._autotune else None
         return torch._inductor.compile(traced, inputs, options=options)  # type: ignore[return-value]
-
-
-def device_mask(tables: FlexTables, device: torch.device) -> FlexMask:
-    """The mask on a device."""
-    held = [tables.start, tables.stop]
-    if tables.step is not None:
-        held.append(tables.step)
-    slots, rows = tables.start.shape
-    blocks = (_ordered(x, device) for x in (tables.partial, tables.full))
-    (count, index), (full_count, full_index) = blocks
-    block_mask = BlockMask.from_kv_blocks(
-        count,
-        index,
-        full_count,
-        full_index,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_mask_mod(slots, rows),
-        seq_lengths=(len(tables.rows), len(tables.keys)),
-    )
-    buffers = tuple(torch.from_numpy(x).to(device).flatten() for x in held)
-    return FlexMask(block_mask.as_tuple(), buffers)
 
 
 def forward_graph(mask: FlexMask, problem: Problem) -> Callable[..., Tensors]:
@@ -269,29 +230,3 @@ def _score_mod(softcap: float | None) -> Callable[..., torch.Tensor]:
         return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
 
     return capped if softcap else plain
-
-
-def _mask_mod(slots: int, rows: int) -> Callable[..., torch.Tensor]:
-    """The test of a pair. Tables are flat: indexing with a constant would put one in the graph."""
-
-    def mask_mod(
-        b: Any, h: Any, row: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor
-    ) -> torch.Tensor:
-        start, stop = tables[:2]
-        allowed = row < 0
-        for slot in range(slots):
-            at = row + slot * rows
-            inside = (key >= start[at]) & (key < stop[at])
-            if len(tables) == 3:
-                inside = inside & ((key - start[at]) % tables[2][at] == 0)
-            allowed = allowed | inside
-        return allowed
-
-    return mask_mod
-
-
-def _ordered(blocks: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, index) of the true entries of each row, (1, 1, rows) and (1, 1, rows, columns)."""
-    dense = torch.from_numpy(blocks).to(device)[None, None]
-    index = dense.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return dense.sum(-1, dtype=torch.int32), index.to(torch.int32)

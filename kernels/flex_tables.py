@@ -1,10 +1,13 @@
-"""Tiles as FlexAttention masks: key intervals of every row, and which blocks are full or partial.
+"""Tiles as FlexAttention masks: which blocks are full or partial, and key intervals of every row.
 
-Every row of a tile attends one interval of keys (every `step`-th key of it). The intervals of a row
-are numbered from left to right, neighbours joined; `SLOTS` of them make one mask, so that its test
-stays short, and rows with more need several masks. Rows and keys that a mask does not use are left
-out, because unfilled rows may hold anything and 0 * NaN is NaN. FlexAttention skips blocks without
-allowed pairs and tests no pair of a full block (Dong et al., FlexAttention, arXiv 2412.05496).
+Every row of a tile attends one interval of keys (every `step`-th key of it); neighbours are joined.
+FlexAttention skips blocks without allowed pairs and tests no pair of a full one (Dong et al.,
+arXiv 2412.05496), so only the intervals that reach into partial blocks are kept, numbered from
+left to right. `SLOTS` of them make one mask, so that its test stays short; rows with more need
+several masks, of which the first has all the full blocks.
+
+Rows and keys that no tile uses are left out, because unfilled rows may hold anything and 0 * NaN is
+NaN.
 """
 
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ class FlexTables:
         rows, keys: buffer rows used, increasing.
         start, stop, step: int32 (slots, rows rounded up to blocks): the intervals [start, stop)
             of each row, every step-th key; empty ones have stop 0. step is None where all are 1.
+            They say what is allowed in partial blocks, and nothing about others.
         full, partial: bool (row blocks, key blocks): everything, or something, is allowed.
     """
 
@@ -65,12 +69,24 @@ def _tables(tiles: tuple[LatticeTile, ...]) -> Iterator[FlexTables]:
         mine = [t for t in tiles if t.h0 <= h0 and h1 <= t.h1]
         if not mine:
             continue
-        intervals = _join(_sorted_intervals(mine))
-        first = np.searchsorted(intervals.row, intervals.row)
-        slot = np.arange(len(first)) - first
-        for low in range(0, int(slot.max()) + 1, SLOTS):
-            here = (slot >= low) & (slot < low + SLOTS)
-            yield _table(h0, h1, intervals.at(here), slot[here] - low)
+        yield from _masks(h0, h1, _join(_sorted_intervals(mine)))
+
+
+def _masks(h0: int, h1: int, x: _Intervals) -> Iterator[FlexTables]:
+    rows, row = np.unique(x.row, return_inverse=True)
+    keys, start, stop = _used_keys(x)
+    x = _Intervals(row, start, stop, x.step)
+    shape = -(-len(rows) // BLOCK), -(-len(keys) // BLOCK)
+    full = _block_sums(x.at(x.step == 1), shape) == BLOCK * BLOCK
+    x = x.at(_reaches_beyond(x, full))
+    slot = np.arange(len(x.row)) - np.searchsorted(x.row, x.row)
+    for low in range(0, max(1, int(slot.max(initial=0)) + 1), SLOTS):
+        mine = (slot >= low) & (slot < low + SLOTS)
+        part = x.at(mine)
+        start, stop, step = _slot_tables(part, slot[mine] - low, shape[0] * BLOCK)
+        partial = (_block_sums(part, shape) > 0) & ~full
+        here = full if low == 0 else np.zeros_like(full)
+        yield FlexTables(h0, h1, rows, keys, start, stop, step, here, partial)
 
 
 def _sorted_intervals(tiles: list[LatticeTile]) -> _Intervals:
@@ -93,28 +109,24 @@ def _join(x: _Intervals) -> _Intervals:
     return _Intervals(x.row[first], x.start[first], x.stop[last], x.step[first])
 
 
-def _table(h0: int, h1: int, x: _Intervals, slot: np.ndarray) -> FlexTables:
-    rows, row = np.unique(x.row, return_inverse=True)
-    keys, start, stop = _used_keys(x)
-    q_blocks, k_blocks = -(-len(rows) // BLOCK), -(-len(keys) // BLOCK)
-    starts, stops = np.zeros((2, int(slot.max()) + 1, q_blocks * BLOCK), dtype=np.int32)
-    steps = np.ones_like(starts)
-    starts[slot, row], stops[slot, row], steps[slot, row] = start, stop, x.step
-    dense = x.step == 1
-    area = _block_sums(row[dense], start[dense], stop[dense], (q_blocks, k_blocks))
-    touched = _block_sums(row, start, stop, (q_blocks, k_blocks)) > 0
-    full = area == BLOCK * BLOCK
-    return FlexTables(
-        h0=h0,
-        h1=h1,
-        rows=rows,
-        keys=keys,
-        start=starts,
-        stop=stops,
-        step=None if dense.all() else steps,
-        full=full,
-        partial=touched & ~full,
-    )
+def _slot_tables(
+    x: _Intervals, slot: np.ndarray, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    start, stop = np.zeros((2, int(slot.max(initial=0)) + 1, rows), dtype=np.int32)
+    start[slot, x.row], stop[slot, x.row] = x.start, x.stop
+    if (x.step == 1).all():
+        return start, stop, None
+    step = np.ones_like(start)
+    step[slot, x.row] = x.step
+    return start, stop, step
+
+
+def _reaches_beyond(x: _Intervals, full: np.ndarray) -> np.ndarray:
+    """bool: the interval has keys outside full blocks."""
+    edge = np.zeros((len(full), 1), dtype=np.int64)
+    count = np.hstack([edge, full.cumsum(axis=1)])
+    first, last, block_row = x.start // BLOCK, (x.stop - 1) // BLOCK, x.row // BLOCK
+    return count[block_row, last + 1] - count[block_row, first] <= last - first
 
 
 def _used_keys(x: _Intervals) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,9 +142,7 @@ def _used_keys(x: _Intervals) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.flatnonzero(used), place[x.start], place[x.stop]
 
 
-def _block_sums(
-    row: np.ndarray, start: np.ndarray, stop: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
+def _block_sums(x: _Intervals, shape: tuple[int, int]) -> np.ndarray:
     """Keys in [start, stop), summed over the rows of each block: int64, `shape`.
 
     A block holds the keys from `start` on less those from `stop` on; of the keys from some edge on,
@@ -140,8 +150,8 @@ def _block_sums(
     """
     q_blocks, k_blocks = shape
     total = np.zeros((q_blocks, k_blocks + 1), dtype=np.int64)  # differences from block to block
-    block_row = row // BLOCK
-    for edge, sign in ((start, 1), (stop, -1)):
+    block_row = x.row // BLOCK
+    for edge, sign in ((x.start, 1), (x.stop, -1)):
         block, inside = edge // BLOCK, edge % BLOCK
         np.add.at(total, (block_row, block), sign * (BLOCK - inside))
         later = np.minimum(block + 1, k_blocks)

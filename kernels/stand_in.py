@@ -32,8 +32,8 @@ def device_stand_in(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tens
     entry = torch.ldexp(torch.ones_like(delta), exponent)
     factor = torch.where(square == 0, 0.0, delta.double() / square)
     wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    out = (dout * factor.to(wide)).to(dout.dtype)
     dout = dout.clone(memory_format=torch.contiguous_format)
+    out = torch.mul(dout, factor.to(wide), out=torch.empty_like(dout))  # wide only in registers
     dout[..., :1] = torch.where(silent, entry.to(dout.dtype), dout[..., :1])
     out[..., :1] = torch.where(silent, (delta / entry).to(dout.dtype), out[..., :1])
     return dout, out

@@ -2,7 +2,8 @@
 
 `band_windows` turns tiles into calls. Around the op: partial outputs come in the inputs' dtype and
 are merged in float32; gradients likewise are added up in float32; the backward gets the lse of the
-whole sequence, and delta by way of a stand-in output. Block tiles are the matmul kernel's.
+whole sequence, and delta by way of a stand-in output. Blocks selected at run time are the matmul
+kernel's.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from ringattn.kernels.band_windows import WindowCall, window_calls
+from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.cpu_views import unit_stride
 from ringattn.kernels.flash_op import FlashOp, Lengths
@@ -26,7 +28,7 @@ _block_kernel = MatmulKernel()
 
 @dataclass(frozen=True)
 class PreparedWindows:
-    """Calls with their lengths on the device (None for dense ones), and block tiles."""
+    """Calls, their lengths on the device (None for dense ones), and tiles of run-time blocks."""
 
     calls: tuple[tuple[WindowCall, Lengths | None], ...]
     blocks: PreparedTiles
@@ -59,9 +61,12 @@ class WindowKernel:
     def prepare(
         self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
     ) -> PreparedWindows:
-        """The op calls of a tile table."""
-        calls = tuple((call, _lengths(call, device)) for call in window_calls(tiles))
-        return PreparedWindows(calls, _block_kernel.prepare(tiles[:0], device, blocks))
+        """The op calls of a tile table and of known block matrices."""
+        bands = np.concatenate([tiles, block_bands(blocks)])
+        calls = tuple((call, _lengths(call, device)) for call in window_calls(bands))
+        return PreparedWindows(
+            calls, _block_kernel.prepare(tiles[:0], device, routed_tiles(blocks))
+        )
 
     @torch.no_grad()
     def forward(

@@ -83,7 +83,7 @@ def test_compiled_graphs(
     """What Inductor is given, and what remains of it after the passes before Inductor."""
     tiles = tile_table((0, 4, 0, 90, 5, 100, -70, 3, 1), (0, 2, 90, 180, 0, 50, -OPEN, OPEN, 1))
     p = problem(tiles, generator, rows=180, keys=100, head_dim=(24, 40), softcap=softcap)
-    op = CompiledFlex(compiler)
+    op = CompiledFlex(compiler, dense=True)
     kernel = FlexKernel(op)
     _check(kernel, p, [tiles])
     prepared = kernel.prepare(tiles, torch.device("cpu"))
@@ -129,7 +129,7 @@ def test_no_tiles_and_an_empty_batch(kernel: FlexKernel, generator: torch.Genera
 
 
 def _dense(t: FlexTables, rows: int, keys: int) -> np.ndarray:
-    """Pairs as the kernel sees them: all of full blocks, those of partial ones that pass the test."""
+    """Pairs as a kernel sees them: all of full blocks, of partial ones what passes the test."""
     key = np.arange(len(t.keys))
     allowed = np.zeros((len(t.rows), len(t.keys)), dtype=bool)
     for slot, (start, stop) in enumerate(zip(t.start, t.stop, strict=True)):

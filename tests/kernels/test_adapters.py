@@ -5,13 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import _fa4
 
 from ringattn.kernels.band_windows import OPEN_WINDOW, window_calls
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.fa3 import Fa3Kernel
 from ringattn.kernels.fa4 import Fa4Kernel
 from ringattn.kernels.flash import FlashKernel
-from ringattn.kernels.flash_op import AtenFlash, Lengths
+from ringattn.kernels.flash_op import AtenFlash, Lengths, window_arguments
 from ringattn.kernels.merge import NO_KEY
 from ringattn.kernels.stand_in import device_stand_in
 from tests.closeness import assert_close
@@ -301,8 +302,42 @@ def test_refusal_names_value_and_rule(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("ringattn.kernels.registered_flash.find_spec", lambda name: None)
+    monkeypatch.setattr(_fa4, "_aten_to_fa4_window_size", None, raising=False)
     inputs = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": (64, 64), "softcap": None}
     assert reason in kernel().refusal(**(inputs | changes))
+
+
+@pytest.mark.parametrize(
+    ("window", "arguments"),
+    [((-1, -1), (False, None, None)), ((-1, 0), (True, None, None)), ((5, 0), (False, 5, 0))],
+    ids=str,
+)
+def test_causal_and_full_go_without_window_sizes(
+    window: tuple[int, int], arguments: tuple[bool, int | None, int | None]
+) -> None:
+    assert window_arguments(window) == arguments
+
+
+def test_the_wanted_implementation_is_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; a kernel of another one switches; PyTorch's own is what remains without any."""
+    active: list[str | None] = [None]
+    attention = torch.nn.attention
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: active[-1])
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: active.append(None))
+    q = torch.empty(1, 8, 1, 16, dtype=torch.bfloat16, device="meta")
+    for name in (None, "FA3", "FA3", None, "FA4"):
+        AtenFlash(name).forward(q, q, q, None, (-1, 0), 1.0)
+    assert active == [None, "FA3", None, "FA4"]
+
+
+def test_fa4_is_refused_where_pytorch_gives_it_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_fa4, "_aten_to_fa4_window_size", raising=False)
+    reason = Fa4Kernel().refusal(
+        device="cuda", dtype=torch.bfloat16, head_dim=(128, 128), softcap=None
+    )
+    assert reason is not None
+    assert "without windows" in reason
 
 
 def test_accepts_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +345,7 @@ def test_accepts_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     monkeypatch.setattr("ringattn.kernels.registered_flash.find_spec", lambda name: object())
+    monkeypatch.setattr(_fa4, "_aten_to_fa4_window_size", None, raising=False)
     for kernel in (FlashKernel(), Fa3Kernel(), Fa4Kernel()):
         assert (
             kernel.refusal(device="cuda", dtype=torch.bfloat16, head_dim=(128, 128), softcap=None)

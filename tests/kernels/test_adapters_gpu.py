@@ -140,12 +140,12 @@ def test_stand_in_is_the_op(generator: torch.Generator, name: str) -> None:
         there = Lengths(q_starts.cuda(), k_starts.cuda(), *call.longest)
         window = (call.left, call.right)
         want_out, want_lse = StandInFlash().forward(q, k, v, lengths, window, p.scale)
-        on_gpu = [x.cuda() for x in (dout, q, k, v)]
-        out, lse = AtenFlash().forward(*on_gpu[1:], there, window, p.scale)
+        do, qg, kg, vg = (x.cuda() for x in (dout, q, k, v))
+        out, lse = AtenFlash().forward(qg, kg, vg, there, window, p.scale)
         assert_close("out", want_out, out, EPS)
         assert_close("lse", want_lse, lse, 1e-4)
         want = StandInFlash().backward(dout, q, k, v, want_out, want_lse, lengths, window, p.scale)
-        got = AtenFlash().backward(*on_gpu, out, lse, there, window, p.scale)
+        got = AtenFlash().backward(do, qg, kg, vg, out, lse, there, window, p.scale)
         for which, x, y in zip(("dq", "dk", "dv"), want, got, strict=True):
             assert_close(which, x, y, 2 * EPS)
 
