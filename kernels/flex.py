@@ -79,7 +79,7 @@ class FlexKernel:
     def prepare(
         self, tiles: np.ndarray, device: torch.device, blocks: BlockTiles | None = None
     ) -> PreparedFlex:
-        """The masks of a tile table and of known matrices; their graphs are compiled at first use."""
+        """The masks of a tile table and of known matrices; graphs are compiled at first use."""
         bands = np.concatenate([tiles, block_bands(blocks)])
         launches = tuple(self._launch(tables, device) for tables in flex_tables(bands))
         return PreparedFlex(

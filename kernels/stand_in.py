@@ -2,10 +2,15 @@
 
 Such an op wants only rowsum(dout * out). dout * delta / |dout|^2 has that sum, whatever part of the
 keys the op sees, so it carries the delta of the whole sequence into an op that knows none. In 16
-bits it costs what rounding the true output costs.
+bits it costs what rounding the true output costs. There are two makers: one for 16-bit operands on a
+device, which the host does not wait for, and one in the accumulator's dtype that looks at the
+values first, because on a CPU the passes that most inputs do not need cost more than looking.
 """
 
 import torch
+
+SAFE_NORM = 1e15
+"""The square of a larger norm, or of one below its inverse, is near the end of float32's range."""
 
 SHIFT, LEAST = 60, -126
 SHIFT_FLOAT16, LEAST_FLOAT16 = 14, -24
@@ -37,3 +42,30 @@ def device_stand_in(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tens
     dout[..., :1] = torch.where(silent, entry.to(dout.dtype), dout[..., :1])
     out[..., :1] = torch.where(silent, (delta / entry).to(dout.dtype), out[..., :1])
     return dout, out
+
+
+def stand_in_out(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dout', out') with rowsum(dout' * out') = delta, for an op that recomputes delta.
+
+    out' = dout * delta / |dout|^2. dout' is dout, except that a zero row whose delta is not zero
+    (a gradient of lse alone) gets one entry too small to matter elsewhere. Where the square of a
+    norm would leave the range, the row is divided by its largest entry first. What a row gets
+    depends on that row alone: buffers may hold rows that nothing has filled yet.
+    """
+    delta = delta.unsqueeze(-1)
+    norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True)
+    safe = (norm > 1 / SAFE_NORM) & (norm < SAFE_NORM)
+    plain = dout * (delta / norm.square_())
+    if bool(safe.all()):
+        return dout, plain
+    top = dout.abs().amax(-1, keepdim=True)
+    silent = (top == 0) & (delta != 0)
+    if bool(silent.any()):
+        tiny = torch.finfo(dout.dtype).tiny ** 0.5
+        dout = dout.clone()
+        dout[..., :1].masked_fill_(silent, tiny)
+        top = top.masked_fill(silent, tiny)
+    top.masked_fill_(top == 0, 1.0)
+    unit = dout / top
+    square = unit.square().sum(-1, keepdim=True).clamp_min_(1.0)
+    return dout, torch.where(safe, plain, unit.mul_(delta / top / square))
