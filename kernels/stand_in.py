@@ -2,9 +2,11 @@
 
 Such an op wants only rowsum(dout * out). dout * delta / |dout|^2 has that sum, whatever part of the
 keys the op sees, so it carries the delta of the whole sequence into an op that knows none. In 16
-bits it costs what rounding the true output costs. There are two makers: one for 16-bit operands on a
-device, which the host does not wait for, and one in the accumulator's dtype that looks at the
-values first, because on a CPU the passes that most inputs do not need cost more than looking.
+bits it costs what rounding the true output costs.
+
+There are two makers: one for 16-bit operands on a device, which the host does not wait for, and one
+in the accumulator's dtype that looks at the values first, because on a CPU the passes that most
+inputs do not need cost more than looking.
 """
 
 import torch

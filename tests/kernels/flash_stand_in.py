@@ -61,6 +61,7 @@ class StandInFlash:
         _check_operands(q, k, v)
         assert lse.is_contiguous(), "the op reads lse without strides"
         assert lse.shape == _lse_like(q).shape
+        assert not torch.isneginf(lse).any(), "the op itself marks rows without keys with +inf"
         assert out.dtype == dout.dtype == q.dtype
         assert out.shape == dout.shape == q.shape
         dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))

@@ -151,7 +151,11 @@ def _count(tiles: np.ndarray, heads: int, rows: int, keys: int) -> np.ndarray:
     return count
 
 
-def test_tables_of_random_tiles_hold_each_pair_once(seed: int) -> None:
+@pytest.mark.parametrize("slots", [1, 8])
+def test_tables_of_random_tiles_hold_each_pair_once(
+    seed: int, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    monkeypatch.setattr(flex_tables_module, "SLOTS", slots)
     random = np.random.default_rng(seed)
     for n in range(60):
         rows, keys = (int(x) for x in random.integers(1, 70 if n < 50 else 900, 2))

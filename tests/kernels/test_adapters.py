@@ -28,6 +28,9 @@ SHAPES = {
     "tall, left edge": [(0, 4, 0, 300, 0, 90, -250, OPEN, 1)],
     "one row": [(0, 4, 7, 8, 0, 90, -OPEN, OPEN, 1)],
     "single rows": [(0, 4, i, i + 1, 2 * i, 2 * i + 2, -OPEN, OPEN, 1) for i in range(9)],
+    "single rows, keys left out": [
+        (0, 4, i, i + 1, 3 * i, 3 * i + 2, -OPEN, OPEN, 1) for i in range(9)
+    ],
     "windowed documents": [
         (0, 4, s, t, s, t, -40, 0, 1) for s, t in pairwise((0, 150, 170, 300, 301))
     ],
