@@ -20,14 +20,12 @@ from ringattn.kernels.cpu_views import (
 )
 from ringattn.kernels.heads import head_parts
 from ringattn.kernels.merge import accumulator_dtype
+from ringattn.kernels.stand_in import stand_in_out
 
 _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 OP_ROWS = 768
 OP_KEYS = 256
-SAFE_NORM = 1e15
-"""The square of a larger norm, or of one below its inverse, is near the end of float32's range."""
-
 EXACT_SCORES = 1 << 18
 """In bfloat16, a launch of fewer scores per head takes its products in float32: where a row meets
 so few others, rounding each partial gradient would show."""
@@ -102,33 +100,6 @@ def _is_small(call: Call) -> bool:
 def _scores(calls: Sequence[Call]) -> int:
     """Scores per head, counting masked blocks in full."""
     return sum(call.count * call.rows * call.keys for call in calls)
-
-
-def stand_in_out(dout: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dout', out') with rowsum(dout' * out') = delta, for an op that recomputes delta.
-
-    out' = dout * delta / |dout|^2. dout' is dout, except that a zero row whose delta is not zero
-    (a gradient of lse alone) gets one entry too small to matter elsewhere. Where the square of a
-    norm would leave the range, the row is divided by its largest entry first. What a row gets
-    depends on that row alone: buffers may hold rows that nothing has filled yet.
-    """
-    delta = delta.unsqueeze(-1)
-    norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True)
-    safe = (norm > 1 / SAFE_NORM) & (norm < SAFE_NORM)
-    plain = dout * (delta / norm.square_())
-    if bool(safe.all()):
-        return dout, plain
-    top = dout.abs().amax(-1, keepdim=True)
-    silent = (top == 0) & (delta != 0)
-    if bool(silent.any()):
-        tiny = torch.finfo(dout.dtype).tiny ** 0.5
-        dout = dout.clone()
-        dout[..., :1].masked_fill_(silent, tiny)
-        top = top.masked_fill(silent, tiny)
-    top.masked_fill_(top == 0, 1.0)
-    unit = dout / top
-    square = unit.square().sum(-1, keepdim=True).clamp_min_(1.0)
-    return dout, torch.where(safe, plain, unit.mul_(delta / top / square))
 
 
 def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

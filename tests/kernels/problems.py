@@ -127,7 +127,7 @@ def run_kernel(kernel: Kernel, p: Problem, parts: list[np.ndarray]) -> dict[str,
     dtype = accumulator_dtype(p.q.dtype)
     prepared = [kernel.prepare(part, p.q.device) for part in parts]
     out = torch.zeros_like(p.dout, dtype=dtype)
-    lse = torch.full(p.q.shape[:3], float("-inf"), dtype=dtype)
+    lse = p.q.new_full(p.q.shape[:3], float("-inf"), dtype=dtype)
     for part in prepared:
         kernel.forward(p.q, p.k, p.v, part, out, lse, scale=p.scale, softcap=p.softcap)
     delta = (out * p.dout).sum(-1)

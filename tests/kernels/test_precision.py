@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ringattn.kernels import dense_attention, kernel_by_name
-from ringattn.kernels.cpu_backward import stand_in_out
+from ringattn.kernels.stand_in import stand_in_out
 from tests.closeness import rel_error
 from tests.kernels.problems import OPEN, Problem, run_kernel, tile_table
 
