@@ -1,6 +1,6 @@
 """Compiles the band kernel without a GPU and reads what the assembler says of it.
 
-    python -m ringattn.benchmarks.triton_compile [sm_80 sm_90 sm_100]
+    python -m ringattn.benchmarks.triton_compile [default sm_80 sm_90 sm_100]
 
 For every architecture: each shipped configuration (kernel × head dim × element size), plain and
 with softcap and listed columns, with registers a thread, shared memory and spilled bytes. Exits
@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ringattn.kernels.triton_band import MOST_DIM
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
 from ringattn.kernels.triton_launch import DESCRIBED, OPERAND_BLOCKS, kernel, padded, precision
 
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+SHARED_LIMIT = {"default": 101_376, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute
-capabilities: 163 KiB and 227 KiB)."""
+capabilities: 163 KiB and 227 KiB; "default" serves what has least, 99 KiB on sm_86 and sm_89)."""
 
 PARTS: tuple[Part, ...] = ("forward", "keys", "keys_only", "queries")
 DTYPES = {2: "bf16", 4: "fp32"}
@@ -62,6 +63,8 @@ def shipped(arch: str) -> Iterator[Variant]:
     for part in PARTS:
         for itemsize in DTYPES:
             for dim in (64, 128, 256):
+                if dim > MOST_DIM[itemsize]:
+                    continue
                 for softcap in (False, True):
                     config = block_config(arch, part, dim, itemsize, softcap=softcap)
                     yield from variants(Variant(arch, part, (dim, dim), itemsize, config, softcap))
@@ -97,11 +100,15 @@ def compiled(variant: Variant) -> Resources:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attrs,
     )
-    target = GPUTarget("cuda", int(variant.arch.removeprefix("sm_")), 32)
+    target = GPUTarget("cuda", _capability(variant.arch), 32)
     options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
     made = triton_compile(source, target=target, options=options)
     registers, spilled, serialized = _assembled(made.asm["ptx"], variant.arch)
     return Resources(registers, made.metadata.shared, spilled, serialized)
+
+
+def _capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 80
 
 
 def _constants(variant: Variant, names: list[str]) -> dict[str, Any]:
@@ -156,9 +163,7 @@ def _assembled(ptx: str, arch: str) -> tuple[int, int, bool]:
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     blackwell = folder / "ptxas-blackwell"
-    tool = (
-        blackwell if arch >= "sm_100" and len(arch) > 5 and blackwell.exists() else folder / "ptxas"
-    )
+    tool = blackwell if _capability(arch) >= 100 and blackwell.exists() else folder / "ptxas"
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None, "PTX names its target"
     with tempfile.TemporaryDirectory() as place:

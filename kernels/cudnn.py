@@ -134,6 +134,7 @@ class CudnnKernel:
     """
 
     name = "cudnn"
+    reads_around = False
 
     def __init__(self, op: DenseOp | None = None, flash: FlashKernel | None = None) -> None:
         self._op = op or AtenCudnn()

@@ -54,6 +54,7 @@ class FlexKernel:
     """
 
     name = "flex"
+    reads_around = False
 
     def __init__(self, op: FlexOp | None = None) -> None:
         self._op = op or CompiledFlex()

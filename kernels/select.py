@@ -12,6 +12,11 @@ import torch
 from ringattn.errors import UserError
 from ringattn.kernels.base import Kernel
 from ringattn.kernels.cpu_flash import CpuFlashKernel
+from ringattn.kernels.cudnn import CudnnKernel
+from ringattn.kernels.fa3 import Fa3Kernel
+from ringattn.kernels.fa4 import Fa4Kernel
+from ringattn.kernels.flash import FlashKernel
+from ringattn.kernels.flex import FlexKernel
 from ringattn.kernels.matmul import MatmulKernel
 from ringattn.kernels.measured import Table, Work, shipped_table
 from ringattn.kernels.triton_band import TritonBandKernel
@@ -23,7 +28,16 @@ _FALLBACK = ("matmul",)
 
 
 def _registry() -> dict[str, Callable[[], Kernel]]:
-    return {"cpu_flash": CpuFlashKernel, "triton": TritonBandKernel, "matmul": MatmulKernel}
+    return {
+        "cpu_flash": CpuFlashKernel,
+        "fa4": Fa4Kernel,
+        "fa3": Fa3Kernel,
+        "cudnn": CudnnKernel,
+        "flash": FlashKernel,
+        "triton": TritonBandKernel,
+        "flex": FlexKernel,
+        "matmul": MatmulKernel,
+    }
 
 
 def kernel_names() -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from ringattn.kernels.triton_launch import interpreted, launch
 from ringattn.kernels.triton_tiles import TritonTiles
 from ringattn.kernels.work_lists import WorkList
 
-MOST_DIM = 256
+MOST_DIM = {2: 256, 4: 128}
+"""By bytes of an element. Wider float32 rows do not fit into registers as three tf32 products."""
+
 FEW_PROGRAMS = 2
 """With fewer programs per multiprocessor, query heads of a group become programs of their own."""
 
@@ -50,8 +52,9 @@ class TritonBandKernel:
         del softcap
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"dtype {dtype} is none of float32, bfloat16, float16"
-        if not 1 <= min(head_dim) <= max(head_dim) <= MOST_DIM:
-            return f"head dims {head_dim} are not between 1 and {MOST_DIM}"
+        most = MOST_DIM[dtype.itemsize]
+        if not 1 <= min(head_dim) <= max(head_dim) <= most:
+            return f"head dims {head_dim} are not between 1 and {most}, its limit in {dtype}"
         if find_spec("triton") is None:
             return "triton is not installed"
         if device != "cuda" and not (device == "cpu" and interpreted()):

@@ -33,7 +33,7 @@ def block_config(
     Args:
         arch: "sm_90" and so on; one that the table lacks takes "default".
         part: which kernel.
-        head_dim: the larger of both head dims, at most 256.
+        head_dim: the larger of both head dims, at most 256 (128 in float32).
         itemsize: bytes of an element of q. softcap: whether scores are capped.
     """
     table = _table()

@@ -54,6 +54,8 @@ class WindowKernel:
         op: the op.
     """
 
+    reads_around = False
+
     def __init__(self, name: str, op: FlashOp) -> None:
         self.name = name
         self._op = op

@@ -241,7 +241,7 @@ def _reference(mask: str, heads: tuple[int, int], batch: int, extra: str) -> Den
 
 def reference_of(case: Case) -> DenseAttention:
     """The dense float64 reference of a case."""
-    extra = "matmul" + case["kernel"].removeprefix("matmul").removeprefix("cpu_flash")
+    extra = "matmul" + "".join(case["kernel"].partition("+")[1:])
     return _reference(case["mask"], heads_of(case), case["batch"], extra)
 
 

@@ -4,6 +4,7 @@ Blocks are small, so that small problems fall into many. Plans of every mask run
 `tests/core/test_triton_plans.py`.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 
 from ringattn.kernels import kernel_by_name
 from ringattn.kernels.triton_band import TritonBandKernel
-from ringattn.kernels.triton_configs import BlockConfig
+from ringattn.kernels.triton_configs import BlockConfig, block_config
 from tests.closeness import assert_close, rel_error
 from tests.kernels.problems import OPEN, problem, random_tiles, run_kernel, tile_table
-from tests.kernels.triton_kernels import ALLOWED, band_kernel
+from tests.kernels.triton_kernels import ALLOWED, PARTS, band_kernel
 
 BANDS = {
     "causal": [(0, 4, 0, 70, 0, 70, -OPEN, 0, 1)],
@@ -137,6 +138,7 @@ def test_a_wrong_edge_is_noticed(
     [
         ({"dtype": torch.float64}, "dtype torch.float64 is none of"),
         ({"head_dim": (320, 64)}, "are not between 1 and 256"),
+        ({"head_dim": (192, 128), "dtype": torch.float32}, "are not between 1 and 128"),
         ({"device": "xpu"}, "is not a CUDA device"),
     ],
 )
@@ -150,17 +152,13 @@ def test_refusals(inputs: dict, reason: str) -> None:
 
 def test_the_shipped_table_is_whole() -> None:
     """Every architecture has every kernel, head dim and dtype; an unknown one has the default."""
-    from ringattn.kernels.triton_configs import block_config
-
+    dims = ((1, 2), (64, 4), (65, 2), (128, 4), (192, 2), (256, 2))
     for arch in ("sm_80", "sm_90", "sm_100", "sm_75"):
-        for part in ("forward", "keys", "keys_only", "queries"):
-            for dim in (1, 64, 65, 128, 192, 256):
-                for itemsize in (2, 4):
-                    for softcap in (False, True):
-                        made = block_config(arch, part, dim, itemsize, softcap=softcap)
-                        assert isinstance(made, BlockConfig)
-                        assert min(made.rows, made.columns) >= 16
-                        assert not (made.tma and arch in ("sm_80", "sm_75"))
+        for part, (dim, itemsize), softcap in itertools.product(PARTS, dims, (False, True)):
+            made = block_config(arch, part, dim, itemsize, softcap=softcap)
+            assert isinstance(made, BlockConfig)
+            assert min(made.rows, made.columns) >= 16
+            assert not (made.tma and arch in ("sm_80", "sm_75"))
 
 
 def test_the_kernel_has_its_name() -> None:
