@@ -1,6 +1,6 @@
 """Compiles the band kernel without a GPU and reads what the assembler says of it.
 
-    python -m ringattn.benchmarks.triton_compile [default sm_80 sm_90 sm_100]
+    python -m ringattn.benchmarks.triton_compile [default sm_80 sm_90 sm_100] [--dims 128]
 
 For every architecture: each shipped configuration (kernel × head dim × element size), plain and
 with softcap and listed columns, with registers a thread, shared memory and spilled bytes. Exits
@@ -8,6 +8,7 @@ with 1 if one spills or exceeds the shared memory of its architecture. Needs no 
 run under TRITON_INTERPRET.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ SHARED_LIMIT = {"default": 101_376, "sm_80": 166_912, "sm_90": 232_448, "sm_100"
 capabilities: 163 KiB and 227 KiB; "default" serves what has least, 99 KiB on sm_86 and sm_89)."""
 
 PARTS: tuple[Part, ...] = ("forward", "keys", "keys_only", "queries")
+DIMS = (64, 128, 256)
 DTYPES = {2: "bf16", 4: "fp32"}
 
 
@@ -50,19 +52,21 @@ class Variant:
 @dataclass(frozen=True)
 class Resources:
     """What the assembler reports: registers a thread, bytes of shared memory, bytes spilled, and
-    whether it had to wait after every matrix instruction for want of registers."""
+    whether it had to wait after every matrix instruction for want of registers, and whether all it
+    made is a trap, as triton does where tensor memory is too small."""
 
     registers: int
     shared: int
     spilled: int
     serialized: bool
+    trapped: bool
 
 
 def shipped(arch: str) -> Iterator[Variant]:
     """All that the shipped table gives to an architecture, with and without listed columns."""
     for part in PARTS:
         for itemsize in DTYPES:
-            for dim in (64, 128, 256):
+            for dim in DIMS:
                 if dim > MOST_DIM[itemsize]:
                     continue
                 for softcap in (False, True):
@@ -104,7 +108,8 @@ def compiled(variant: Variant) -> Resources:
     options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
     made = triton_compile(source, target=target, options=options)
     registers, spilled, serialized = _assembled(made.asm["ptx"], variant.arch)
-    return Resources(registers, made.metadata.shared, spilled, serialized)
+    trapped = re.search(r"^\s*trap;", made.asm["ptx"], re.MULTILINE) is not None
+    return Resources(registers, made.metadata.shared, spilled, serialized, trapped)
 
 
 def _capability(arch: str) -> int:
@@ -185,6 +190,8 @@ def problem(variant: Variant, used: Resources) -> str:
     """Why a variant may not ship, or ''."""
     if used.spilled:
         return f"{used.spilled} bytes spilled"
+    if used.trapped:
+        return "does not fit into tensor memory"
     if used.serialized:
         return "matrix instructions serialized"
     limit = SHARED_LIMIT[variant.arch]
@@ -203,17 +210,31 @@ def describe(variant: Variant, used: Resources) -> str:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Compiles and prints; see the module docstring."""
-    bad = 0
-    for arch in arguments or SHARED_LIMIT:
+    parser = argparse.ArgumentParser(description="Compile the band kernel without a GPU.")
+    parser.add_argument("archs", nargs="*", default=list(SHARED_LIMIT), help="as in the table")
+    parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS), choices=DIMS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES.values()))
+    asked = parser.parse_args(arguments)
+    unknown = set(asked.archs) - set(SHARED_LIMIT)
+    if unknown:
+        parser.error(f"unknown {sorted(unknown)}: use some of {', '.join(SHARED_LIMIT)}")
+    bad = count = 0
+    for arch in asked.archs:
         for variant in shipped(arch):
+            if (
+                variant.head_dim[0] not in asked.dims
+                or DTYPES[variant.itemsize] not in asked.dtypes
+            ):
+                continue
             used = compiled(variant)
+            count += 1
             bad += bool(problem(variant, used))
             print(describe(variant, used), flush=True)
-    print(f"{bad} configurations spill or do not fit" if bad else "all fit, no spills")
+    print(f"{bad} of {count} configurations may not ship" if bad else f"all {count} fit, no spills")
     return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
