@@ -52,8 +52,8 @@ def _key_block(
     queries = load_rows(q, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     lse = tl.load(stats_at[0] + column, mask=present, other=float("inf"))
     product = dot(k, tl.trans(queries), None, PRECISION)
-    score, slope = band_scores(product, scale, softcap, SOFTCAP)
-    prob = tl.exp2(score - lse[None, :])
+    value, factor, slope = band_scores(product, scale, softcap, SOFTCAP)
+    prob = tl.exp2(value * factor - lse[None, :])
     if masked:
         allowed = inside_band(refs, ref, row, column, end) & (row < row_end)[:, None]
         prob = tl.where(allowed, prob, 0.0)
@@ -143,8 +143,8 @@ def _query_block(
     batch, head = at
     keys = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     product = dot(q, tl.trans(keys), None, PRECISION)
-    score, slope = band_scores(product, scale, softcap, SOFTCAP)
-    prob = tl.exp2(score - lse[:, None])
+    value, factor, slope = band_scores(product, scale, softcap, SOFTCAP)
+    prob = tl.exp2(value * factor - lse[:, None])
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
         prob = tl.where(inside_band(refs, ref, row, column, end), prob, 0.0)

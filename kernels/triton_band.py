@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from ringattn.errors import UserError
 from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.merge import NO_KEY
@@ -83,7 +84,9 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.forward`."""
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        _check_scale(scale)
+        # The maximum is taken of products that are not scaled yet, so their scale is positive.
+        q, k, v, scale = (*(_unit_stride(x) for x in (-q if scale < 0 else q, k, v)), abs(scale))
         config, group = self._config("forward", q, v, softcap), q.shape[2] // k.shape[2]
         for work in self._query_lists(prepared, config, group, selection):
             launch("forward", work, config, (q, k, v, out, lse), group, scale, softcap)
@@ -106,6 +109,7 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.backward`."""
+        _check_scale(scale)
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = _statistics(lse, delta)
         group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * _processors(q.device) // q.shape[0]
@@ -166,6 +170,13 @@ class TritonBandKernel:
             yield from routed_work(
                 routed, selection, config.columns, group, deterministic=self.deterministic
             )
+
+
+def _check_scale(scale: float) -> None:
+    if scale == 0 or not math.isfinite(scale):
+        raise UserError(
+            f"scale={scale}", "kernel=triton needs a finite one other than 0", "use kernel=matmul"
+        )
 
 
 def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -89,16 +89,17 @@ def run_bounds(refs, ref, row0, row_end, STEP: tl.constexpr):
 
 @triton.jit
 def band_scores(product, scale, softcap, SOFTCAP: tl.constexpr):
-    """(base-2 scores, d score / d (scaled product)) of q·k products; the slope is 1 uncapped.
+    """(value, factor, slope) of q·k products: value * factor is the base-2 score, slope is
+    d score / d (scaled product), 1 uncapped.
 
     tanh by an exponential that overflows to the right limits.
     """
     if SOFTCAP:
         grown = tl.exp2(product * (scale / softcap * (2.0 * LOG2_E)))
         squashed = 1.0 - 2.0 / (1.0 + grown)
-        return squashed * (softcap * LOG2_E), 1.0 - squashed * squashed
+        return squashed, softcap * LOG2_E, 1.0 - squashed * squashed
     else:
-        return product * (scale * LOG2_E), 1.0
+        return product, scale * LOG2_E, 1.0
 
 
 @triton.jit

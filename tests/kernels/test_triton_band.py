@@ -6,12 +6,14 @@ Blocks are small, so that small problems fall into many. Plans of every mask run
 
 import importlib
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ringattn.errors import UserError
 from ringattn.kernels import kernel_by_name
 from ringattn.kernels.triton_band import TritonBandKernel
 from ringattn.kernels.triton_configs import BlockConfig, block_config
@@ -89,6 +91,26 @@ def test_dtypes_and_head_dims(
     for variant in ("pointers", "deterministic tma"):
         for field, got in run_kernel(band_kernel(variant), p, [tiles]).items():
             assert_close(field, getattr(reference, field), got, ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("scale", [-0.7, 1e-3, 20.0])
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+def test_scales_of_any_size(
+    generator: torch.Generator, scale: float, softcap: float | None
+) -> None:
+    tiles = tile_table((0, 4, 0, 40, 0, 40, -OPEN, 3, 1))
+    p = problem(tiles, generator, rows=40, keys=40, softcap=softcap, dtype=torch.float32)
+    p = replace(p, scale=scale)
+    reference = p.reference()
+    for field, got in run_kernel(band_kernel("deterministic"), p, [tiles]).items():
+        assert_close(field, getattr(reference, field), got, 5e-5)
+
+
+def test_a_scale_of_zero_is_refused(generator: torch.Generator) -> None:
+    tiles = tile_table((0, 4, 0, 40, 0, 40, -OPEN, 3, 1))
+    p = replace(problem(tiles, generator, rows=40, keys=40, dtype=torch.float32), scale=0.0)
+    with pytest.raises(UserError, match="other than 0"):
+        run_kernel(band_kernel("pointers"), p, [tiles])
 
 
 def test_no_tiles_change_nothing(generator: torch.Generator) -> None:
