@@ -9,6 +9,7 @@ run under TRITON_INTERPRET.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -63,15 +64,16 @@ class Resources:
 
 
 def shipped(arch: str) -> Iterator[Variant]:
-    """All that the shipped table gives to an architecture, with and without listed columns."""
-    for part in PARTS:
-        for itemsize in DTYPES:
-            for dim in DIMS:
-                if dim > MOST_DIM[itemsize]:
-                    continue
-                for softcap in (False, True):
-                    config = block_config(arch, part, dim, itemsize, softcap=softcap)
-                    yield from variants(Variant(arch, part, (dim, dim), itemsize, config, softcap))
+    """All that the shipped table gives to an architecture, for columns in runs and listed."""
+    for part, itemsize, dim, softcap, listed in itertools.product(
+        PARTS, DTYPES, DIMS, (False, True), (False, True)
+    ):
+        if dim <= MOST_DIM[itemsize]:
+            config = block_config(arch, part, dim, itemsize, softcap=softcap, listed=listed)
+            plain = Variant(arch, part, (dim, dim), itemsize, config, softcap, listed)
+            yield plain
+            if part == "keys":
+                yield replace(plain, shared=True)
 
 
 def variants(plain: Variant) -> Iterator[Variant]:

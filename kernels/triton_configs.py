@@ -26,7 +26,7 @@ class BlockConfig:
 
 
 def block_config(
-    arch: str, part: Part, head_dim: int, itemsize: int, *, softcap: bool
+    arch: str, part: Part, head_dim: int, itemsize: int, *, softcap: bool, listed: bool = False
 ) -> BlockConfig:
     """The shipped configuration.
 
@@ -35,12 +35,16 @@ def block_config(
         part: which kernel.
         head_dim: the larger of both head dims, at most 256 (128 in float32).
         itemsize: bytes of an element of q. softcap: whether scores are capped.
+        listed: whether columns are listed; as otherwise, unless the table says so.
     """
     table = _table()
+    of_arch = table.get(arch, table["default"])
     name = part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
-    of_part = table.get(arch, table["default"])[name]
-    fitting = min(int(dim) for dim in of_part if int(dim) >= head_dim)
-    rows, columns, warps, stages, *tma = of_part[str(fitting)]
+    fitting = str(min(int(dim) for dim in of_arch[name] if int(dim) >= head_dim))
+    found = of_arch[name][fitting]
+    if listed:
+        found = of_arch.get(f"{name}-listed", {}).get(fitting, found)
+    rows, columns, warps, stages, *tma = found
     return BlockConfig(rows, columns, warps, stages, bool(tma))
 
 

@@ -31,7 +31,7 @@ from ringattn.kernels.triton_parts import (
 
 @triton.jit
 def _attend(
-    state, q, k, v, at, refs, ref, masked, row, start, end,
+    state, q, k, v, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,7 +45,7 @@ def _attend(
     value, factor, _ = band_scores(product, scale, softcap, SOFTCAP)
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
-        value = tl.where(inside_band(refs, ref, row, column, end), value, NONE)
+        value = tl.where(inside_band(refs, ref, row, row_end, column, end), value, NONE)
     new_top = tl.maximum(top, tl.max(value, 1) * factor)
     shift = tl.where(new_top == NONE, 0.0, new_top)  # a row without keys: -inf - (-inf) is NaN
     prob = tl.exp2(value * factor - shift[:, None])
@@ -89,8 +89,8 @@ def band_forward(
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
             state = _attend(
-                state, rows, k, v, at, refs, ref, ref >= 0, row, start, end, scale, softcap,
-                STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+                state, rows, k, v, at, refs, ref, ref >= 0, row, row_end, start, end,
+                scale, softcap, STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
             )  # fmt: skip
     else:
         for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
@@ -98,8 +98,8 @@ def band_forward(
             for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                 masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
                 state = _attend(
-                    state, rows, k, v, at, refs, ref, masked, row, start, end, scale, softcap,
-                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+                    state, rows, k, v, at, refs, ref, masked, row, row_end, start, end,
+                    scale, softcap, STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
                 )  # fmt: skip
     acc, top, total = state
     some = total > 0

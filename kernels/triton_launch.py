@@ -25,7 +25,6 @@ TMA_BYTES = 16
 def launch(
     part: Part,
     work: WorkList,
-    config: BlockConfig,
     operands: tuple[torch.Tensor, ...],
     group: int,
     scale: float,
@@ -39,7 +38,7 @@ def launch(
     """
     from triton import language as tl
 
-    q, v = operands[0], operands[2]
+    config, q, v = work.config, operands[0], operands[2]
     blocks = OPERAND_BLOCKS[part]
     rows = max(config.rows, config.columns)
     reach = max(rows * work.step * t.stride(1) for t in operands)

@@ -60,10 +60,11 @@ def load_rows(
 
 
 @triton.jit
-def inside_band(refs, ref, row, column, end):
-    """bool (rows, columns): which pairs a ref allows, of the columns before `end`."""
+def inside_band(refs, ref, row, row_end, column, end):
+    """bool (rows, columns): which pairs a ref allows, of rows and columns before their ends."""
     at = refs + 6 * ref
     r0, r1, lo, hi = tl.load(at), tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
+    r1 = tl.minimum(r1, row_end)
     distance = column[None, :] - row[:, None]
     inside = (distance >= lo) & (distance <= hi)
     return inside & ((row >= r0) & (row < r1))[:, None] & (column < end)[None, :]
