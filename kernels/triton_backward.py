@@ -31,7 +31,8 @@ from ringattn.kernels.triton_parts import (
 @triton.jit
 def _stats_at(stats, batch, head):
     """Pointers to row 0 of a head's lse and delta."""
-    tensor, plane, s_batch, s_head = stats
+    tensor, strides = stats
+    plane, s_batch, s_head = strides
     base = tensor + tl.cast(batch, tl.int64) * s_batch + tl.cast(head, tl.int64) * s_head
     return base, base + plane
 
@@ -76,9 +77,9 @@ def _key_block(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["range_batch"])
 def band_backward_keys(
-    q, k, v, dout, stats, dq, dk, dv,
+    q, k, v, dout, stats, dq, dk, dv, strides,
     works, items, refs, ranges, entries, range_batch, group, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -87,9 +88,11 @@ def band_backward_keys(
 ):  # fmt: skip
     """See the module docstring. Grid (works, B); `works` rows: item, query heads h0, h1, list.
 
-    Operands as in `triton_parts`; dk and dv, float32, are never descriptors. SHARED: several
+    Operands as in `band_forward`; dk and dv, float32, are never descriptors. SHARED: several
     programs add to the same rows of dk and dv. REDUCE: dq is a descriptor.
     """
+    q, k, v, dout = (q, strides[0]), (k, strides[1]), (v, strides[2]), (dout, strides[3])
+    stats, dq, dk, dv = (stats, strides[4]), (dq, strides[5]), (dk, strides[6]), (dv, strides[7])
     batch = tl.program_id(1)
     item, h0, h1, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
@@ -154,15 +157,17 @@ def _query_block(
     return dot(dscore, keys, dq, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["range_batch"])
 def band_backward_queries(
-    q, k, v, dout, stats, dq,
+    q, k, v, dout, stats, dq, strides,
     works, items, refs, ranges, entries, range_batch, group, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring. Grid and `works` as in `band_forward`; dq is never a descriptor."""
+    """See the module docstring. Grid, `works`, operands as in `band_forward`; dq no descriptor."""
+    q, k, v, dout = (q, strides[0]), (k, strides[1]), (v, strides[2]), (dout, strides[3])
+    stats, dq = (stats, strides[4]), (dq, strides[5])
     batch = tl.program_id(1)
     item, head, _, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)

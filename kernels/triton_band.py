@@ -169,9 +169,13 @@ class TritonBandKernel:
 
 
 def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """float32 (2, B, Hq, T): lse in base 2, +inf for rows without keys, and delta."""
+    """float32 (2, B, Hq, T): lse in base 2, +inf for rows without keys, and delta.
+
+    Strides are multiples of 16 whatever T is, so that one compiled kernel takes every length.
+    """
     batch, rows, heads = lse.shape
-    stats = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=lse.device)
+    held = lse.new_empty((2, batch, heads, -(-rows // 16) * 16), dtype=torch.float32)
+    stats = held[..., :rows]
     stats[0] = (lse * math.log2(math.e)).masked_fill_(lse == NO_KEY, torch.inf).transpose(1, 2)
     stats[1] = delta.transpose(1, 2)
     return stats
