@@ -1,0 +1,137 @@
+"""Work lists of run-time blocks against brute force: every chosen pair visited once, no other."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from ringattn.kernels.block_matrix import BLOCK_TILE, BlockMatrix, BlockTiles, Selection
+from ringattn.kernels.routed_lists import routed_items, routed_work
+from ringattn.kernels.work_lists import WorkList
+from tests.kernels.problems import OPEN
+
+TOKENS, BATCH = 60, 2
+
+
+def _edges(random: np.random.Generator, blocks: int) -> np.ndarray:
+    cuts = random.choice(np.arange(1, TOKENS), blocks - 1, replace=False)
+    return np.array([0, *sorted(cuts.tolist()), TOKENS])
+
+
+def _tiles(random: np.random.Generator, heads: int, matrices: int, first_head: int) -> np.ndarray:
+    """A few tiles, whose rows may meet; their buffers hold every pitch-th token."""
+    pitch = int(random.integers(1, 4))
+    held = TOKENS // pitch
+    rows = []
+    for _ in range(int(random.integers(1, 5))):
+        h0, h1 = sorted(random.choice(heads + 1, 2, replace=False).tolist())
+        q0, q1 = sorted(random.choice(held + 1, 2, replace=False).tolist())
+        k0, k1 = sorted(random.choice(held + 1, 2, replace=False).tolist())
+        lo = -OPEN if random.random() < 0.5 else int(random.integers(-20, 5))
+        hi = OPEN if random.random() < 0.5 else lo + int(random.integers(5, 40)) if lo > -99 else 7
+        tokens = random.integers(0, TOKENS - pitch * (held - 1), 2).tolist()
+        matrix = int(random.integers(matrices))
+        rows.append(
+            (h0, h1, q0, q1, k0, k1, lo, hi, 1, matrix, first_head + h0, *tokens, pitch),
+        )
+    return np.array(rows, dtype=BLOCK_TILE)
+
+
+def _selection(
+    random: np.random.Generator, matrices: list[BlockMatrix], selecting: int, q_heads: int
+) -> Selection:
+    """Blocks in no order, each once, filled up with -1 at any place; some rows choose none."""
+    nq, nk = len(matrices[0].q_edges) - 1, len(matrices[0].k_edges) - 1
+    most = int(random.integers(1, nk + 1))
+    blocks = np.full((BATCH, selecting, nq, most), -1, dtype=np.int32)
+    for row in blocks.reshape(-1, most):
+        count = int(random.integers(0, most + 1))
+        row[random.choice(most, count, replace=False)] = random.choice(nk, count, replace=False)
+    return Selection(torch.from_numpy(blocks), q_heads)
+
+
+def _wanted(tiles: BlockTiles, selection: Selection, heads: int) -> np.ndarray:
+    """How often (batch, head, query row, key row) is asked for."""
+    count = np.zeros((BATCH, heads, TOKENS, TOKENS), dtype=np.int64)
+    chosen = selection.blocks.numpy()
+    for tile in tiles.tiles:
+        matrix = tiles.matrices[tile["matrix"]]
+        for i in range(tile["q0"], tile["q1"]):
+            token = tile["q_token"] + tile["pitch"] * i
+            q_block = np.searchsorted(matrix.q_edges, token, side="right") - 1
+            for j in range(tile["k0"], tile["k1"]):
+                token = tile["k_token"] + tile["pitch"] * j
+                k_block = np.searchsorted(matrix.k_edges, token, side="right") - 1
+                if tile["lo"] <= j - i <= tile["hi"]:
+                    for h in range(tile["h0"], tile["h1"]):
+                        of = selection.head(int(tile["head"] - tile["h0"]) + h)
+                        count[:, h, i, j] += (chosen[:, of, q_block] == k_block).any(-1)
+    return count
+
+
+def _programs(work: WorkList, column_block: int) -> Iterator[tuple[int, int, list[int], set]]:
+    """(batch, item, heads, pairs) of every program, as the device takes them."""
+    ranges, entries = work.ranges.flatten(0, -2).tolist(), work.entries.tolist()
+    items, refs = work.items.tolist(), work.refs.tolist()
+    for batch in range(BATCH):
+        for item, h0, h1, lists in work.works.tolist():
+            row0, rows = items[item][:2]
+            begin, end = ranges[batch * work.range_batch + lists + item]
+            pairs = set()
+            for start, stop, ref in entries[begin:end]:
+                whole = ref < 0
+                r0, r1, _, _, lo, hi = refs[max(ref, 0)]
+                for i in range(row0, row0 + rows):
+                    for j in range(start, min(stop, start + column_block)):
+                        if whole or (r0 <= i < r1 and lo <= j - i <= hi):
+                            assert (i, j) not in pairs
+                            pairs.add((i, j))
+            yield batch, item, list(range(h0, h1)), pairs
+
+
+@pytest.mark.parametrize("by_queries", [True, False], ids=["queries", "keys"])
+@pytest.mark.parametrize(
+    "heads, group, selecting, share",
+    [(4, 2, 2, 2), (4, 4, 4, 1), (4, 1, 1, 4), (6, 3, 3, 2), (4, 2, 4, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "shared"])
+def test_lists_hold_the_chosen_pairs(
+    seed: int,
+    heads: int,
+    group: int,
+    selecting: int,
+    share: int,
+    by_queries: bool,
+    deterministic: bool,
+) -> None:
+    """Buffers of a slice of the model's heads, several tiles on the same rows, several batches."""
+    random = np.random.default_rng(seed)
+    for _ in range(6):
+        q_heads = selecting * share
+        first_head = int(random.integers(0, q_heads - heads + 1))
+        nq, nk = random.integers(1, 9, 2).tolist()
+        matrices = [BlockMatrix(_edges(random, nq), _edges(random, nk), None) for _ in range(2)]
+        tiles = BlockTiles(_tiles(random, heads, 2, first_head), tuple(matrices))
+        selection = _selection(random, matrices, selecting, q_heads)
+        count = np.zeros((BATCH, heads, TOKENS, TOKENS), dtype=np.int64)
+        row_block, column_block = random.choice([4, 8, 16], 2).tolist()
+        for routed in routed_items(tiles, row_block, by_queries=by_queries):
+            made = routed_work(routed, selection, column_block, group, deterministic=deterministic)
+            for work, shared in made:
+                owners: dict[tuple[int, int, int], int] = {}
+                for batch, item, of, pairs in _programs(work, column_block):
+                    row0, rows = work.items[item, :2].tolist()
+                    assert rows <= row_block
+                    for i in range(row0, row0 + rows):
+                        for head in {h if by_queries else h // group for h in of}:
+                            owners[batch, head, i] = owners.get((batch, head, i), 0) + 1
+                    assert by_queries or len({h // group for h in of}) == 1
+                    for i, j in pairs:
+                        at = (i, j) if by_queries else (j, i)
+                        for h in of:
+                            count[batch, h, *at] += 1
+                assert shared or max(owners.values()) == 1
+                assert not (deterministic and shared)
+        np.testing.assert_array_equal(count, _wanted(tiles, selection, heads))
