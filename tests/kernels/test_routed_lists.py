@@ -19,8 +19,11 @@ def _edges(random: np.random.Generator, blocks: int) -> np.ndarray:
     return np.array([0, *sorted(cuts.tolist()), TOKENS])
 
 
-def _tiles(random: np.random.Generator, heads: int, matrices: int, first_head: int) -> np.ndarray:
-    """A few tiles, whose rows may meet; their buffers hold every pitch-th token."""
+def _tiles(random: np.random.Generator, heads: int, matrices: int, most_shift: int) -> np.ndarray:
+    """A few tiles, whose rows may meet; their buffers hold every pitch-th token.
+
+    Head h of a buffer is the model's h + shift, for shifts up to `most_shift`.
+    """
     pitch = int(random.integers(1, 4))
     held = TOKENS // pitch
     rows = []
@@ -31,9 +34,9 @@ def _tiles(random: np.random.Generator, heads: int, matrices: int, first_head: i
         lo = -OPEN if random.random() < 0.5 else int(random.integers(-20, 5))
         hi = OPEN if random.random() < 0.5 else lo + int(random.integers(5, 40)) if lo > -99 else 7
         tokens = random.integers(0, TOKENS - pitch * (held - 1), 2).tolist()
-        matrix = int(random.integers(matrices))
+        matrix, shift = int(random.integers(matrices)), int(random.integers(most_shift + 1))
         rows.append(
-            (h0, h1, q0, q1, k0, k1, lo, hi, 1, matrix, first_head + h0, *tokens, pitch),
+            (h0, h1, q0, q1, k0, k1, lo, hi, 1, matrix, h0 + shift, *tokens, pitch),
         )
     return np.array(rows, dtype=BLOCK_TILE)
 
@@ -93,7 +96,7 @@ def _programs(work: WorkList, column_block: int) -> Iterator[tuple[int, int, lis
 @pytest.mark.parametrize("by_queries", [True, False], ids=["queries", "keys"])
 @pytest.mark.parametrize(
     "heads, group, selecting, share",
-    [(4, 2, 2, 2), (4, 4, 4, 1), (4, 1, 1, 4), (6, 3, 3, 2), (4, 2, 4, 2)],
+    [(4, 2, 2, 2), (4, 4, 4, 1), (4, 1, 1, 4), (6, 3, 3, 2), (4, 2, 4, 2), (4, 4, 4, 3)],
     ids=str,
 )
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "shared"])
@@ -110,10 +113,9 @@ def test_lists_hold_the_chosen_pairs(
     random = np.random.default_rng(seed)
     for _ in range(6):
         q_heads = selecting * share
-        first_head = int(random.integers(0, q_heads - heads + 1))
         nq, nk = random.integers(1, 9, 2).tolist()
         matrices = [BlockMatrix(_edges(random, nq), _edges(random, nk), None) for _ in range(2)]
-        tiles = BlockTiles(_tiles(random, heads, 2, first_head), tuple(matrices))
+        tiles = BlockTiles(_tiles(random, heads, 2, q_heads - heads), tuple(matrices))
         selection = _selection(random, matrices, selecting, q_heads)
         count = np.zeros((BATCH, heads, TOKENS, TOKENS), dtype=np.int64)
         row_block, column_block = random.choice([4, 8, 16], 2).tolist()
@@ -135,3 +137,22 @@ def test_lists_hold_the_chosen_pairs(
                 assert shared or max(owners.values()) == 1
                 assert not (deterministic and shared)
         np.testing.assert_array_equal(count, _wanted(tiles, selection, heads))
+
+
+@pytest.mark.parametrize("by_queries", [True, False], ids=["queries", "keys"])
+def test_the_second_launch_copies_nothing_to_the_device(
+    seed: int, by_queries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy from the host would wait for all work queued on the device, at every launch."""
+    random = np.random.default_rng(seed)
+    matrix = BlockMatrix(_edges(random, 5), _edges(random, 6), None)
+    tiles = BlockTiles(_tiles(random, 4, 1, 0), (matrix,))
+    selection = _selection(random, [matrix], 2, 4)
+    for routed in routed_items(tiles, 8, by_queries=by_queries):
+        first = routed_work(routed, selection, 8, 2, deterministic=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "from_numpy", lambda _: pytest.fail("copied to the device again"))
+            again = routed_work(routed, selection, 8, 2, deterministic=False)
+        for (old, _), (new, _) in zip(first, again, strict=True):
+            assert torch.equal(old.works, new.works)
+            assert torch.equal(old.ranges, new.ranges)
