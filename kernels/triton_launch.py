@@ -127,7 +127,11 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _describable(tensor: torch.Tensor, block: str) -> bool:
+    """Whether TMA takes it; not where a dim repeats one place, as in an expanded gradient."""
     if block not in DESCRIBED:
         return True
+    dims = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    if any(size > 1 and stride == 0 for size, stride in dims):
+        return False
     strides = [n * tensor.element_size() for n in tensor.stride()[:3]]
     return tensor.data_ptr() % TMA_BYTES == 0 and not any(n % TMA_BYTES for n in strides)

@@ -1,6 +1,7 @@
 """How the band kernel's programs are started: what the launcher of triton is given."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringattn.kernels import triton_launch
+from tests.closeness import assert_close
 from tests.kernels.problems import OPEN, problem, run_kernel, tile_table
-from tests.kernels.triton_kernels import band_kernel
+from tests.kernels.triton_kernels import ALLOWED, band_kernel
 
 
 @pytest.fixture
@@ -71,3 +73,18 @@ def test_one_compiled_kernel_takes_every_length(
         numbers = [[n for n in _within(arguments) if isinstance(n, int)] for arguments in calls]
         classes.append([[(n == 1, n % 16 == 0) for n in of_call] for of_call in numbers])
     assert classes == [classes[0]] * 3
+
+
+def test_expanded_tensors_travel_without_descriptors(
+    generator: torch.Generator, calls: list[tuple[Any, ...]]
+) -> None:
+    """A mean over tokens gives a gradient whose rows are one place in memory."""
+    tiles = tile_table((0, 4, 0, 40, 0, 40, -OPEN, 0, 1))
+    p = problem(tiles, generator, rows=40, keys=40, dtype=torch.float32)
+    p = replace(p, dout=p.dout[:, :1].expand(-1, 40, -1, -1))
+    reference = p.reference()
+    for field, got in run_kernel(band_kernel("tma"), p, [tiles]).items():
+        assert_close(field, getattr(reference, field), got, ALLOWED[torch.float32])
+    forward, keys = ([isinstance(a, TensorDescriptor) for a in given] for given in calls)
+    assert any(forward)
+    assert not any(keys)
