@@ -26,7 +26,7 @@ class RoutedItems:
         block: int64 (items,): block of the matrix that holds the item's rows.
         tile: int64 (items,): the item's tile. model_head: int64 (tiles,): model's head of head 0.
         spans: int64 (tiles, most, 3): first row, end, block of the columns' spans, or (0, 0, -1).
-        blocks: blocks of the columns' side.
+        blocks: blocks of the columns' side. row_block: most rows of an item.
         by_queries: whether rows are query rows.
         placed: copies on devices, made when first asked for: a copy waits for the device.
     """
@@ -37,6 +37,7 @@ class RoutedItems:
     model_head: np.ndarray
     spans: np.ndarray
     blocks: int
+    row_block: int
     by_queries: bool
     placed: dict[Any, Any] = field(default_factory=dict)
 
@@ -117,7 +118,14 @@ def _items(tiles: BlockTiles, layer: np.ndarray, row_block: int, by_queries: boo
     matrices = [tiles.matrices[n] for n in tiles.tiles["matrix"][layer]]
     blocks = max(len(m.k_edges if by_queries else m.q_edges) for m in matrices) - 1
     return RoutedItems(
-        made, np.array(block), np.array(owner), np.array(model_head), padded, blocks, by_queries
+        items=made,
+        block=np.array(block),
+        tile=np.array(owner),
+        model_head=np.array(model_head),
+        spans=padded,
+        blocks=blocks,
+        row_block=row_block,
+        by_queries=by_queries,
     )
 
 
@@ -145,12 +153,15 @@ def chosen_entries(
     row, count = placed.items[:, 0].long(), placed.items[:, 1].long()
     tile, refs = placed.tile, placed.refs.long()[placed.tile]
     view = (-1, 1, 1)
+    lo, hi, last = refs[:, 4], refs[:, 5], row + count - 1
     valid = chosen.unsqueeze(-1) & (start < end)
-    valid &= start < (row + count + refs[:, 5]).view(view)
-    valid &= start + column_block > (row + refs[:, 4]).view(view)
+    valid &= (start <= (last + hi).view(view)) & (start + column_block > (row + lo).view(view))
+    whole = (start + column_block <= end) & (count == routed.row_block).view(view)
+    whole = whole & (start >= (last + lo).view(view))
+    whole &= start + column_block - 1 <= (row + hi).view(view)
     shape = (*valid.shape[:3], -1)
     order = (~valid).reshape(shape).to(torch.uint8).argsort(dim=-1, stable=True)
-    parts = (start, end, tile.view(view).expand_as(start))
+    parts = (start, end, torch.where(whole, -1, tile.view(view)))
     entries = [part.expand_as(valid).reshape(shape).gather(-1, order) for part in parts]
     width = order.shape[-1]
     held = valid.reshape(shape).sum(-1)

@@ -73,7 +73,9 @@ def _wanted(tiles: BlockTiles, selection: Selection, heads: int) -> np.ndarray:
     return count
 
 
-def _programs(work: WorkList, column_block: int) -> Iterator[tuple[int, int, list[int], set]]:
+def _programs(
+    work: WorkList, row_block: int, column_block: int
+) -> Iterator[tuple[int, int, list[int], set]]:
     """(batch, item, heads, pairs) of every program, as the device takes them."""
     ranges, entries = work.ranges.flatten(0, -2).tolist(), work.entries.tolist()
     items, refs = work.items.tolist(), work.refs.tolist()
@@ -84,6 +86,7 @@ def _programs(work: WorkList, column_block: int) -> Iterator[tuple[int, int, lis
             pairs = set()
             for start, stop, ref in entries[begin:end]:
                 whole = ref < 0
+                assert not whole or (rows == row_block and stop - start >= column_block)
                 r0, r1, _, _, lo, hi = refs[max(ref, 0)]
                 for i in range(row0, row0 + rows):
                     for j in range(start, min(stop, start + column_block)):
@@ -123,7 +126,7 @@ def test_lists_hold_the_chosen_pairs(
             made = routed_work(routed, selection, column_block, group, deterministic=deterministic)
             for work, shared in made:
                 owners: dict[tuple[int, int, int], int] = {}
-                for batch, item, of, pairs in _programs(work, column_block):
+                for batch, item, of, pairs in _programs(work, row_block, column_block):
                     row0, rows = work.items[item, :2].tolist()
                     assert rows <= row_block
                     for i in range(row0, row0 + rows):
@@ -156,3 +159,18 @@ def test_the_second_launch_copies_nothing_to_the_device(
         for (old, _), (new, _) in zip(first, again, strict=True):
             assert torch.equal(old.works, new.works)
             assert torch.equal(old.ranges, new.ranges)
+
+
+@pytest.mark.parametrize("by_queries", [True, False], ids=["queries", "keys"])
+def test_blocks_inside_their_band_need_no_mask(by_queries: bool) -> None:
+    """Causal, four blocks of 16, all chosen: those below the diagonal are whole."""
+    edges = np.arange(0, 65, 16)
+    row = (0, 1, 0, 64, 0, 64, -OPEN, 0, 1, 0, 0, 0, 0, 1)
+    tiles = BlockTiles(np.array([row], dtype=BLOCK_TILE), (BlockMatrix(edges, edges, None),))
+    chosen = torch.arange(4, dtype=torch.int32).expand(1, 1, 4, 4)
+    (routed,) = routed_items(tiles, 16, by_queries=by_queries)
+    ((work, _),) = routed_work(routed, Selection(chosen, 1), 16, 1, deterministic=True)
+    spans = [work.entries[a:b, 2] for a, b in work.ranges.view(-1, 2).tolist()]
+    refs = torch.cat(spans)
+    assert (refs < 0).sum() == 6
+    assert (refs == 0).sum() == 4
