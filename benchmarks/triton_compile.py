@@ -143,15 +143,17 @@ def _constants(variant: Variant, names: list[str]) -> dict[str, Any]:
 
 
 def _type(name: str, variant: Variant, index: int) -> Any:
-    """A parameter's type as triton writes it; operands are tuples of a tensor and its strides."""
+    """A parameter's type as triton writes it: operands' tensors, then the strides of them all."""
     blocks = OPERAND_BLOCKS[variant.part]
+    if name == "strides":
+        return (("i32", "i32", "i32"),) * len(blocks)
     if index < len(blocks):
         data = DTYPES[variant.itemsize] if name in ("q", "k", "v", "dout") else "fp32"
         tensor = f"*{data}"
         if variant.config.tma and blocks[index] in DESCRIBED:
             dim = padded(variant.head_dim[name in ("v", "dout")])
             tensor = f"tensordesc<{data}[1, {variant.config.columns}, 1, {dim}]>"
-        return (tensor, "i32", "i32", "i32")
+        return tensor
     tables = dict.fromkeys(("works", "items", "refs", "ranges", "entries"), "*i32")
     return (tables | {"scale": "fp32", "softcap": "fp32"}).get(name, "i32")
 
@@ -159,7 +161,7 @@ def _type(name: str, variant: Variant, index: int) -> Any:
 def _aligned(index: int, kind: Any) -> Iterator[tuple[int, ...]]:
     """Where a parameter's pointers and strides are, all multiples of 16."""
     if isinstance(kind, tuple):
-        yield from ((index, n) for n, part in enumerate(kind) if not part.startswith("tensordesc"))
+        yield from ((index, n, m) for n, part in enumerate(kind) for m in range(len(part)))
     elif kind[0] == "*":
         yield (index,)
 
