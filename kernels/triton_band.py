@@ -115,7 +115,10 @@ class TritonBandKernel:
         _check_scale(scale)
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = _statistics(lse, delta)
-        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * _processors(q.device) // max(1, q.shape[0])
+        group, few = (
+            q.shape[2] // k.shape[2],
+            FEW_PROGRAMS * _processors(q.device) // max(1, q.shape[0]),
+        )
         repeatable = self.deterministic
         part: Part = "keys_only" if repeatable else "keys"
         configs, operands = self._both(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
