@@ -107,8 +107,8 @@ class TritonBandKernel:
     ) -> None:
         """See `Kernel.backward`."""
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
-        stats = _statistics(lse, delta)
-        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * _processors(q.device) // q.shape[0]
+        stats = statistics(lse, delta)
+        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device) // q.shape[0]
         repeatable = self.deterministic
         part: Part = "keys_only" if repeatable else "keys"
         config, operands = self._config(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
@@ -168,7 +168,7 @@ class TritonBandKernel:
             )
 
 
-def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """float32 (2, B, Hq, T): lse in base 2, +inf for rows without keys, and delta."""
     batch, rows, heads = lse.shape
     stats = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=lse.device)
@@ -188,7 +188,8 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,6 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+SHIPPED = "triton_configs.json"
 Part = Literal["forward", "keys", "keys_only", "queries"]
 """Which kernel: `keys` adds to dk, dv and dq, `keys_only` not to dq, which is left to `queries`."""
 
@@ -37,13 +38,17 @@ def block_config(
         itemsize: bytes of an element of q. softcap: whether scores are capped.
     """
     table = _table()
-    name = part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
-    of_part = table.get(arch, table["default"])[name]
+    of_part = table.get(arch, table["default"])[config_name(part, itemsize, softcap=softcap)]
     fitting = min(int(dim) for dim in of_part if int(dim) >= head_dim)
     rows, columns, warps, stages, *tma = of_part[str(fitting)]
     return BlockConfig(rows, columns, warps, stages, bool(tma))
 
 
+def config_name(part: Part, itemsize: int, *, softcap: bool) -> str:
+    """The table's name of a kernel: both 16-bit dtypes share one."""
+    return part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
+
+
 @cache
 def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
-    return json.loads(files("ringattn.kernels").joinpath("triton_configs.json").read_text())
+    return json.loads(files("ringattn.kernels").joinpath(SHIPPED).read_text())
