@@ -143,9 +143,14 @@ def _operands(variant: Variant) -> tuple[torch.Tensor, ...]:
 
 def _work(variant: Variant) -> WorkList:
     """A work list without memory."""
-    names = {"works": 4, "items": 4, "refs": 6, "ranges": 2, "entries": 3}
-    tables = {n: torch.empty(1, c, dtype=torch.int32, device="meta") for n, c in names.items()}
-    return WorkList(step=variant.step, listed=variant.listed, **tables)
+
+    def table(columns: int) -> torch.Tensor:
+        return torch.empty(1, columns, dtype=torch.int32, device="meta")
+
+    return WorkList(
+        step=variant.step, listed=variant.listed, works=table(4), items=table(4), refs=table(6),
+        ranges=table(2), entries=table(3),
+    )  # fmt: skip
 
 
 def _capability(arch: str) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from ringattn.benchmarks.kernel_measure import LOST
 from ringattn.benchmarks.triton_compile import PARTS, Resources, Variant, compiled
 from ringattn.benchmarks.tune_cases import (
     DIMS,
@@ -48,7 +49,6 @@ from ringattn.kernels.triton_launch import interpreted
 TABLE = Path(triton_configs.__file__).with_name(SHIPPED)
 COMPILE_SECONDS = 90.0  # a compiler that takes longer has hung or died
 HOPELESS = 0.6  # of the best on the first mask: the other masks are not timed
-LOST = 3  # exit status when the device's context is lost; a new process goes on
 
 Rate = Callable[[Entry, str, BlockConfig], float]
 Submit = Callable[[Variant], "AsyncResult[Resources | str]"]
