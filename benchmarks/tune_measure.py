@@ -15,7 +15,6 @@ import torch
 import ringattn as ra
 from ringattn.benchmarks.kernel_masks import mask_named
 from ringattn.benchmarks.kernel_measure import WRONG, timed_passes
-from ringattn.cost.kernel_time import pair_flops
 from ringattn.kernels import MatmulKernel
 from ringattn.kernels.triton_band import FEW_PROGRAMS, processors, statistics
 from ringattn.kernels.triton_configs import BlockConfig, Part
@@ -28,7 +27,7 @@ from ringattn.schedule import Direction
 LISTS = ("causal", "documents_causal_4k", "window_causal", "blocks_uniform")
 """Masks: long runs, runs of a few blocks, runs cut on both sides, listed blocks."""
 
-PRODUCTS = {"keys": 5, "keys_only": 4, "queries": 3}  # of a pair's row and column, backward
+PRODUCTS = {"forward": 2, "keys": 5, "keys_only": 4, "queries": 3}  # of each pair of rows
 OUTPUTS: dict[Part, tuple[str, ...]] = {
     "forward": ("out", "lse"),
     "keys": ("dq", "dk", "dv"),
@@ -138,11 +137,8 @@ class Workbench:
         return [work for t in tiles for work in t.keys(config, self._group, few, alone)]
 
     def _flops(self, part: Part, mask: str) -> float:
-        shapes = self._plan(mask, self.heads).forward.shapes
         pairs = mask_named(mask, self.seq_len).area * self.heads[0]
-        if part == "forward":
-            return pairs * pair_flops(shapes, "forward")
-        return pairs * pair_flops(shapes, "backward") * PRODUCTS[part] / 5
+        return 2 * self.head_dim * PRODUCTS[part] * pairs
 
     def _check(self, part: Part, mask: str, outputs: dict[str, torch.Tensor]) -> None:
         """The last key head and its query heads against the matmul kernel."""

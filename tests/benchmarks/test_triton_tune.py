@@ -85,7 +85,7 @@ def test_what_does_not_compile_well_is_left_out(bad: Resources | str, reason: st
 
 def test_a_search_records_resumes_and_chooses(tmp_path: Path) -> None:
     path = tmp_path / "tune.jsonl"
-    now, spills, wrong, fast = candidates(ENTRY, ARCH, 4)
+    _, spills, wrong, fast = candidates(ENTRY, ARCH, 4)
 
     def used(variant: Variant) -> Resources:
         return Resources(255, 0, 8 * (variant.config == spills), False)
