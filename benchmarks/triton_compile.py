@@ -1,6 +1,6 @@
 """Compiles the band kernel without a GPU and reads what the assembler says of it.
 
-    python -m ringattn.benchmarks.triton_compile [default sm_80 sm_90 sm_100]
+    python -m ringattn.benchmarks.triton_compile [default sm_80 sm_90 sm_100] [--dims 128]
 
 For every architecture: each shipped configuration (kernel × head dim × element size), plain and
 with softcap and listed columns, with registers a thread, shared memory and spilled bytes. Exits
@@ -8,6 +8,8 @@ with 1 if one spills or exceeds the shared memory of its architecture. Needs no 
 run under TRITON_INTERPRET.
 """
 
+import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ringattn.kernels.triton_band import MOST_DIM
+from ringattn.kernels.triton_band import MARGIN, MOST_DIM
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
 from ringattn.kernels.triton_launch import call, kernel
 from ringattn.kernels.work_lists import WorkList
@@ -29,6 +31,7 @@ SHARED_LIMIT = {"default": 101_376, "sm_80": 166_912, "sm_90": 232_448, "sm_100"
 capabilities: 163 KiB and 227 KiB; "default" serves what has least, 99 KiB on sm_86 and sm_89)."""
 
 PARTS: tuple[Part, ...] = ("forward", "keys", "keys_only", "queries")
+DIMS = (64, 128, 256)
 DTYPES = {2: "bf16", 4: "fp32"}
 ROWS, GROUP, CAP = 4096, 8, 30.0  # of the operands compiled for
 
@@ -54,30 +57,30 @@ class Variant:
 @dataclass(frozen=True)
 class Resources:
     """What the assembler reports: registers a thread, bytes of shared memory, bytes spilled, and
-    whether it had to wait after every matrix instruction for want of registers."""
+    whether it had to wait after every matrix instruction for want of registers, and whether all it
+    made is a trap, as triton does where tensor memory is too small."""
 
     registers: int
     shared: int
     spilled: int
     serialized: bool
+    trapped: bool
 
 
 def shipped(arch: str) -> Iterator[Variant]:
-    """All that the shipped table gives to an architecture, with and without listed columns."""
-    for part in PARTS:
-        for itemsize in DTYPES:
-            for dim in (64, 128, 256):
-                if dim > MOST_DIM[itemsize]:
-                    continue
-                for softcap in (False, True):
-                    config = block_config(arch, part, dim, itemsize, softcap=softcap)
-                    yield from variants(Variant(arch, part, (dim, dim), itemsize, config, softcap))
+    """All that the shipped table gives to an architecture, for columns in runs and listed."""
+    for part, itemsize, dim, softcap, listed in itertools.product(
+        PARTS, DTYPES, DIMS, (False, True), (False, True)
+    ):
+        if dim <= MOST_DIM[itemsize]:
+            config = block_config(arch, part, dim, itemsize, softcap=softcap, listed=listed)
+            plain = Variant(arch, part, (dim, dim), itemsize, config, softcap, listed)
+            yield from variants(plain)
 
 
 def variants(plain: Variant) -> Iterator[Variant]:
-    """A variant with runs and with listed columns, and with shared rows where it may have them."""
+    """A variant, and with shared rows where it may have them."""
     yield plain
-    yield replace(plain, listed=True)
     if plain.part == "keys":
         yield replace(plain, shared=True)
 
@@ -91,7 +94,7 @@ def compiled(variant: Variant) -> Resources:
 
     operands, work = _operands(variant), _work(variant)
     arguments, constants = call(
-        variant.part, work, variant.config, operands, GROUP, 1.0,
+        variant.part, work, operands, GROUP, 1.0,
         CAP if variant.softcap else None, shared=variant.shared,
     )  # fmt: skip
     driver.set_active(_Target(variant.arch))  # pyright: ignore[reportArgumentType]
@@ -101,7 +104,8 @@ def compiled(variant: Variant) -> Resources:
         if torch.cuda.is_available():  # elsewhere there is none to go back to
             driver.reset_active()
     registers, spilled, serialized = _assembled(made.asm["ptx"], variant.arch)
-    return Resources(registers, made.metadata.shared, spilled, serialized)
+    trapped = re.search(r"^\s*trap;", made.asm["ptx"], re.MULTILINE) is not None
+    return Resources(registers, made.metadata.shared, spilled, serialized, trapped)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _operands(variant: Variant) -> tuple[torch.Tensor, ...]:
     if variant.part == "forward":
         return q, k, v, empty(*dout.shape), empty(1, ROWS, 2 * GROUP)
     grads = tuple(empty(*x.shape) for x in (q, k, v))
-    made = (q, k, v, dout, empty(2, 1, 2 * GROUP, ROWS), *grads)
+    made = (q, k, v, dout, empty(1, 2 * GROUP, 2, ROWS + MARGIN), *grads)
     return made[:6] if variant.part == "queries" else made
 
 
@@ -148,8 +152,8 @@ def _work(variant: Variant) -> WorkList:
         return torch.empty(1, columns, dtype=torch.int32, device="meta")
 
     return WorkList(
-        step=variant.step, listed=variant.listed, works=table(4), items=table(4), refs=table(6),
-        ranges=table(2), entries=table(3),
+        config=variant.config, step=variant.step, listed=variant.listed, works=table(4),
+        items=table(4), refs=table(6), ranges=table(2), entries=table(3),
     )  # fmt: skip
 
 
@@ -185,6 +189,8 @@ def problem(variant: Variant, used: Resources) -> str:
     """Why a variant may not ship, or ''."""
     if used.spilled:
         return f"{used.spilled} bytes spilled"
+    if used.trapped:
+        return "does not fit into tensor memory"
     if used.serialized:
         return "matrix instructions serialized"
     limit = SHARED_LIMIT.get(variant.arch, SHARED_LIMIT["default"])
@@ -203,17 +209,31 @@ def describe(variant: Variant, used: Resources) -> str:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Compiles and prints; see the module docstring."""
-    bad = 0
-    for arch in arguments or SHARED_LIMIT:
+    parser = argparse.ArgumentParser(description="Compile the band kernel without a GPU.")
+    parser.add_argument("archs", nargs="*", default=list(SHARED_LIMIT), help="as in the table")
+    parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS), choices=DIMS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES.values()))
+    asked = parser.parse_args(arguments)
+    unknown = set(asked.archs) - set(SHARED_LIMIT)
+    if unknown:
+        parser.error(f"unknown {sorted(unknown)}: use some of {', '.join(SHARED_LIMIT)}")
+    bad = count = 0
+    for arch in asked.archs:
         for variant in shipped(arch):
+            if (
+                variant.head_dim[0] not in asked.dims
+                or DTYPES[variant.itemsize] not in asked.dtypes
+            ):
+                continue
             used = compiled(variant)
+            count += 1
             bad += bool(problem(variant, used))
             print(describe(variant, used), flush=True)
-    print(f"{bad} configurations spill or do not fit" if bad else "all fit, no spills")
+    print(f"{bad} of {count} configurations may not ship" if bad else f"all {count} fit, no spills")
     return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

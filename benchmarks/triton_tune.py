@@ -3,12 +3,13 @@
     python -m ringattn.benchmarks.triton_tune [--minutes 8] [--parts forward keys] [--dims 128]
     python -m ringattn.benchmarks.triton_tune --minutes 0 --write   # writes what was found before
 
-For every kernel, head dim, dtype and softcap, most wanted first: the shipped configuration and
-those most like it are compiled on all cores but two, while the GPU times the ones that compiled
-well. What spills, has its matrix instructions serialized or exceeds shared memory is left out; the
-rest is held to the matmul kernel's result, then timed on four masks of 16K tokens. The score is the
-geometric mean of TFLOP/s. Everything tried is in the records at once: the command stops when time
-is up and goes on when run again. Records of other device code or another Triton do not count.
+For every kernel, head dim, dtype, softcap, and columns in runs or listed, most wanted first: the
+shipped configuration and those most like it are compiled on all cores but two, while the GPU times
+the ones that compiled well. What spills, has its matrix instructions serialized or exceeds a limit
+is left out; the rest is held to the matmul kernel's result, then timed on masks of 16K tokens,
+three for columns in runs and two for listed columns. The score is the geometric mean of TFLOP/s.
+Everything tried is in the records at once: the command stops when time is up and goes on when run
+again. Records of other device code or another Triton do not count.
 
 The table with the best so far is written beside the records, and over the shipped one with --write.
 """
@@ -37,7 +38,7 @@ from ringattn.benchmarks.tune_cases import (
     fault,
     shipped,
 )
-from ringattn.benchmarks.tune_measure import CAP, LISTS, Workbench, WrongResult
+from ringattn.benchmarks.tune_measure import CAP, LISTS, RUNS, Workbench, WrongResult
 from ringattn.benchmarks.tune_records import Log, choose
 from ringattn.benchmarks.tune_table import merged, read_table, table_text
 from ringattn.errors import UserError
@@ -128,14 +129,15 @@ class Search:
 
     def _timed(self, entry: Entry, config: BlockConfig) -> str:
         rates: dict[str, float] = {}
-        for mask in LISTS:
+        masks = LISTS if entry.listed else RUNS
+        for mask in masks:
             rates[mask] = self.rate(entry, mask, config)
             best = self.best_first.get(entry, 0.0)
-            if mask == LISTS[0] and rates[mask] < HOPELESS * best:
+            if mask == masks[0] and rates[mask] < HOPELESS * best:
                 reason = f"{rates[mask]:.3g} TFLOP/s on {mask}, where another has {best:.3g}"
                 self.log.left_out(entry, config, "refused", reason)
                 return reason
-        self.best_first[entry] = max(self.best_first.get(entry, 0.0), rates[LISTS[0]])
+        self.best_first[entry] = max(self.best_first.get(entry, 0.0), rates[masks[0]])
         value = self.log.rated(entry, config, rates)
         each = ", ".join(f"{rate:.3g}" for rate in rates.values())
         return f"{value:.4g} TFLOP/s ({each})"

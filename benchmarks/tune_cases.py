@@ -8,7 +8,7 @@ from itertools import product
 from ringattn.benchmarks.triton_compile import PARTS, SHARED_LIMIT, Resources, Variant, problem
 from ringattn.benchmarks.triton_compile import variants as all_variants
 from ringattn.kernels.triton_band import MOST_DIM
-from ringattn.kernels.triton_configs import BlockConfig, Part, block_config, config_name
+from ringattn.kernels.triton_configs import LISTED, BlockConfig, Part, block_config, config_name
 
 DIMS = (128, 64, 256)
 FIRST = ("forward", "keys")
@@ -19,17 +19,18 @@ MOST_REGISTERS = 232
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of the table: a kernel, head dim, bytes of an element, with or without softcap."""
+    """One cell of the table: a kernel, head dim, bytes of an element, softcap, listed columns."""
 
     part: Part
     head_dim: int
     itemsize: int = 2
     softcap: bool = False
+    listed: bool = False
 
     @property
     def name(self) -> str:
         """The table's name of the kernel."""
-        return config_name(self.part, self.itemsize, softcap=self.softcap)
+        return config_name(self.part, self.itemsize, softcap=self.softcap) + LISTED * self.listed
 
     def __str__(self) -> str:
         return f"{self.name}-d{self.head_dim}"
@@ -37,9 +38,10 @@ class Entry:
     def variants(self, arch: str, config: BlockConfig) -> list[Variant]:
         """All that must compile well where the configuration ships."""
         dims = (self.head_dim, self.head_dim)
-        return list(
-            all_variants(Variant(arch, self.part, dims, self.itemsize, config, self.softcap))
+        plain = Variant(
+            arch, self.part, dims, self.itemsize, config, softcap=self.softcap, listed=self.listed
         )
+        return list(all_variants(plain))
 
 
 def entries(
@@ -51,8 +53,10 @@ def entries(
     """The cells with such properties, most wanted first: 16 bits without softcap, head dim 128."""
     sizes = {"bf16": 2, "fp32": 4}
     made = [
-        Entry(part, dim, sizes[dtype], softcap)
-        for part, dim, dtype, softcap in product(PARTS, DIMS, sizes, (False, True))
+        Entry(part, dim, sizes[dtype], softcap, listed)
+        for part, dim, dtype, softcap, listed in product(
+            PARTS, DIMS, sizes, (False, True), (False, True)
+        )
         if part in parts and dim in dims and dtype in dtypes and softcap in softcaps
     ]
     possible = [entry for entry in made if entry.head_dim <= MOST_DIM[entry.itemsize]]
@@ -61,12 +65,16 @@ def entries(
 
 def _importance(entry: Entry) -> tuple:
     later, place = entry.part not in FIRST, DIMS.index(entry.head_dim)
-    return entry.itemsize, entry.softcap, place == 2, later, place, PARTS.index(entry.part)
+    rare = (entry.itemsize, entry.softcap, place == 2, later)
+    return *rare, place, entry.listed, PARTS.index(entry.part)
 
 
 def shipped(entry: Entry, arch: str) -> BlockConfig:
     """What the table says now."""
-    return block_config(arch, entry.part, entry.head_dim, entry.itemsize, softcap=entry.softcap)
+    return block_config(
+        arch, entry.part, entry.head_dim, entry.itemsize, softcap=entry.softcap,
+        listed=entry.listed,
+    )  # fmt: skip
 
 
 def candidates(entry: Entry, arch: str, most: int) -> list[BlockConfig]:

@@ -24,8 +24,9 @@ from ringattn.kernels.work_lists import WorkList
 from ringattn.plan import Plan
 from ringattn.schedule import Direction
 
-LISTS = ("causal", "documents_causal_4k", "window_causal", "blocks_uniform")
-"""Masks: long runs, runs of a few blocks, runs cut on both sides, listed blocks."""
+RUNS = ("causal", "documents_causal_4k", "window_causal")
+LISTS = ("blocks_uniform", "blocks_variable")
+"""Masks: long runs, runs of a few blocks, runs cut on both sides; and blocks that are listed."""
 
 PRODUCTS = {"forward": 2, "keys": 5, "keys_only": 4, "queries": 3}  # of each pair of rows
 OUTPUTS: dict[Part, tuple[str, ...]] = {
@@ -84,9 +85,7 @@ class Workbench:
 
         def run() -> None:
             for work, shared in works:
-                launch(
-                    part, work, config, operands, self._group, scale, self.softcap, shared=shared
-                )
+                launch(part, work, operands, self._group, scale, self.softcap, shared=shared)
 
         def reset() -> None:
             for name, output in outputs.items():
@@ -132,9 +131,9 @@ class Workbench:
         direction = "forward" if part == "forward" else "backward"
         tiles: list[TritonTiles] = self._tiles(mask, direction, "triton", self.heads)
         if part in ("forward", "queries"):
-            return [(work, False) for t in tiles for work in t.queries(config)]
+            return [(work, False) for t in tiles for work in t.queries((config, config))]
         few, alone = FEW_PROGRAMS * processors(self.device), part == "keys_only"
-        return [work for t in tiles for work in t.keys(config, self._group, few, alone)]
+        return [work for t in tiles for work in t.keys((config, config), self._group, few, alone)]
 
     def _flops(self, part: Part, mask: str) -> float:
         pairs = mask_named(mask, self.seq_len).area * self.heads[0]

@@ -16,6 +16,7 @@ from ringattn.kernels.triton_configs import BlockConfig
 
 NAME, UNIT = "triton_tune", "TFLOP/s"
 GAIN = 1.01  # what another configuration must gain over the shipped one, beyond noise
+ENTRY = ("part", "head_dim", "itemsize", "softcap", "listed")
 _DEVICE_CODE = ("triton_forward.py", "triton_backward.py", "triton_parts.py")
 
 
@@ -71,7 +72,7 @@ class Log:
         for record in read_records(self.path):
             if _is_of(record, self.arch, self.sources):
                 c = record.config
-                entry = Entry(c["part"], c["head_dim"], c["itemsize"], c["softcap"])
+                entry = Entry(*(c[name] for name in ENTRY))
                 assert record.value is not None, "records with status ok have a value"
                 found.setdefault(entry, {})[BlockConfig(*c["blocks"])] = record.value
         return found
@@ -82,6 +83,7 @@ class Log:
             "head_dim": entry.head_dim,
             "itemsize": entry.itemsize,
             "softcap": entry.softcap,
+            "listed": entry.listed,
             "blocks": list(astuple(config)),
             "architecture": self.arch,
             "sources": self.sources,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ringattn.benchmarks.tune_cases import Entry
 from ringattn.errors import UserError
-from ringattn.kernels.triton_configs import BlockConfig
+from ringattn.kernels.triton_configs import LISTED, BlockConfig
 
 Table = dict[str, dict[str, dict[str, list]]]
 """By architecture, kernel and head dim: rows, columns, warps, stages, and true for TMA."""
@@ -23,12 +23,17 @@ def read_table(path: Path) -> Table:
 def merged(table: Table, arch: str, best: Mapping[Entry, BlockConfig]) -> Table:
     """The table with the best configurations of an architecture; all other entries are kept.
 
-    An architecture that it lacks starts as a copy of "default", so that it is whole.
+    An architecture that it lacks starts as a copy of "default", so that it is whole. Where listed
+    columns had no sizes of their own, they keep those that were changed for columns in runs.
     """
     made: Table = json.loads(json.dumps(table))
     kernels = made.setdefault(arch, json.loads(json.dumps(table["default"])))
     for entry, config in best.items():
-        kernels[entry.name][str(entry.head_dim)] = as_list(config)
+        dim = str(entry.head_dim)
+        if not entry.listed and kernels[entry.name][dim] != as_list(config):
+            listed = kernels.setdefault(entry.name + LISTED, {})
+            listed.setdefault(dim, kernels[entry.name][dim])
+        kernels.setdefault(entry.name, {})[dim] = as_list(config)
     return made
 
 

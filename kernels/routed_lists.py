@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ringattn.kernels.block_matrix import BlockTiles, Selection, Span, spans
+from ringattn.kernels.triton_configs import BlockConfig
 from ringattn.kernels.work_items import LIMIT, Items
 from ringattn.kernels.work_lists import Heads, WorkList, head_groups, ordered_works, single_heads
 
@@ -167,13 +168,13 @@ def _visited(
 def routed_work(
     routed: RoutedItems,
     selection: Selection,
-    column_block: int,
+    config: BlockConfig,
     group: int,
     *,
     deterministic: bool,
 ) -> list[tuple[WorkList, bool]]:
     """Launches of one layer, and whether their programs share rows of dk and dv."""
-    ranges, entries = chosen_entries(routed, selection, column_block)
+    ranges, entries = chosen_entries(routed, selection, config.columns)
     device = ranges.device
     heads = single_heads if routed.by_queries else _selecting_parts(routed, selection, group)
     works = ordered_works(routed.items, heads)
@@ -192,6 +193,7 @@ def routed_work(
     return [
         (
             WorkList(
+                config=config,
                 step=1,
                 works=torch.from_numpy(np.ascontiguousarray(mine)).to(device),
                 items=item_table,

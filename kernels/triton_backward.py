@@ -7,8 +7,8 @@ program per block of query rows and head for dq alone; both together take seven 
 written by one program, so that results repeat bit by bit. Formulas as in FlashAttention-2 (arXiv
 2307.08691, section 3.1.2), with the lse and delta of the whole sequence as inputs.
 
-`stats` is float32 (2, B, Hq, Tq): lse in base 2, with +inf for rows without keys, whose
-probabilities then vanish, and delta.
+`stats` is float32 (B, Hq, 2, Tq and a block more): lse in base 2, with +inf for rows without keys,
+whose probabilities then vanish, and delta.
 """
 
 # A jitted function is launched, not called, as far as its type says; inside another it is called.
@@ -29,16 +29,20 @@ from ringattn.kernels.triton_parts import (
 
 
 @triton.jit
-def _stats_at(stats, batch, head):
-    """Pointers to row 0 of a head's lse and delta."""
-    tensor, plane, s_batch, s_head = stats
+def _statistic(stats, batch, head, which, row, end, other, TMA: tl.constexpr):
+    """lse (which 0) or delta (1) of rows. With TMA those from `end` on are another row's: masks
+    keep them out."""
+    tensor, s_batch, s_head, s_which = stats
     base = tensor + tl.cast(batch, tl.int64) * s_batch + tl.cast(head, tl.int64) * s_head
-    return base, base + plane
+    if TMA:
+        return tl.load(base + (which * s_which + row))
+    else:
+        return tl.load(base + (which * s_which + row), mask=row < end, other=other)
 
 
 @triton.jit
 def _key_block(
-    grads, k, v, q, dout, dq, stats_at, at, refs, ref, masked, row, row_end, start, end,
+    grads, k, v, q, dout, dq, stats, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr,
@@ -48,21 +52,18 @@ def _key_block(
     dk, dv = grads
     batch, head = at
     column = start + tl.arange(0, COLUMNS) * STEP
-    present = column < end
     queries = load_rows(q, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
-    lse = tl.load(stats_at[0] + column, mask=present, other=float("inf"))
+    lse = _statistic(stats, batch, head, 0, column, end, float("inf"), TMA)
+    delta = _statistic(stats, batch, head, 1, column, end, 0.0, TMA)
     product = dot(k, tl.trans(queries), None, PRECISION)
-    score, slope = band_scores(product, scale, softcap, SOFTCAP)
-    prob = tl.exp2(score - lse[None, :])
+    value, factor, slope = band_scores(product, scale, softcap, SOFTCAP)
+    prob = tl.exp2(value * factor - lse[None, :])
     if masked:
-        allowed = inside_band(refs, ref, row, column, end) & (row < row_end)[:, None]
-        prob = tl.where(allowed, prob, 0.0)
+        prob = tl.where(inside_band(refs, ref, row, row_end, column, end), prob, 0.0)
     douts = load_rows(dout, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
     dv = dot(prob.to(douts.dtype), douts, dv, PRECISION)
-    delta = tl.load(stats_at[1] + column, mask=present, other=0.0)
-    less = tl.broadcast_to(-delta[None, :], [ROWS, COLUMNS])
-    dprob = dot(v, tl.trans(douts), less, PRECISION)
-    dscore = (prob * dprob * slope).to(queries.dtype)
+    dprob = dot(v, tl.trans(douts), None, PRECISION)
+    dscore = (prob * (dprob - delta[None, :]) * slope).to(queries.dtype)
     dk = dot(dscore, queries, dk, PRECISION)
     if ADD_DQ:
         part = dot(tl.trans(dscore), k, None, PRECISION) * scale
@@ -104,17 +105,18 @@ def band_backward_keys(
     partial = count < ROWS
     for head in range(h0, h1):
         at = (batch, head)
-        stats_at = _stats_at(stats, batch, head)
         if LISTED:
             listed = ranges + 2 * (batch.to(tl.int64) * range_batch + lists + item)
-            for n in tl.range(tl.load(listed), tl.load(listed + 1), disable_licm=True):
-                start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
-                ref = tl.load(entries + 3 * n + 2)
+            first = tl.load(listed)
+            entry = entries + 3 * first
+            for _ in tl.range(first, tl.load(listed + 1), disable_licm=True):
+                start, end, ref = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+                entry += 3
                 grads = _key_block(
-                    grads, keys, values, q, dout, dq, stats_at, at, refs, tl.maximum(ref, 0),
+                    grads, keys, values, q, dout, dq, stats, at, refs, ref,
                     ref >= 0, row, row_end, start, end, scale, softcap,
                     STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
-                        REDUCE,
+                    REDUCE,
                 )  # fmt: skip
         else:
             for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
@@ -122,7 +124,7 @@ def band_backward_keys(
                 for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                     masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1) | partial
                     grads = _key_block(
-                        grads, keys, values, q, dout, dq, stats_at, at, refs, ref,
+                        grads, keys, values, q, dout, dq, stats, at, refs, ref,
                         masked, row, row_end, start, end, scale, softcap,
                         STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
                         REDUCE,
@@ -134,7 +136,7 @@ def band_backward_keys(
 
 @triton.jit
 def _query_block(
-    dq, q, dout, lse, delta, k, v, at, refs, ref, masked, row, start, end, scale, softcap,
+    dq, q, dout, lse, delta, k, v, at, refs, ref, masked, row, row_end, start, end, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, TMA: tl.constexpr,
@@ -143,11 +145,11 @@ def _query_block(
     batch, head = at
     keys = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     product = dot(q, tl.trans(keys), None, PRECISION)
-    score, slope = band_scores(product, scale, softcap, SOFTCAP)
-    prob = tl.exp2(score - lse[:, None])
+    value, factor, slope = band_scores(product, scale, softcap, SOFTCAP)
+    prob = tl.exp2(value * factor - lse[:, None])
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
-        prob = tl.where(inside_band(refs, ref, row, column, end), prob, 0.0)
+        prob = tl.where(inside_band(refs, ref, row, row_end, column, end), prob, 0.0)
     values = load_rows(v, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
     dprob = dot(dout, tl.trans(values), None, PRECISION)
     dscore = (prob * (dprob - delta[:, None]) * slope).to(keys.dtype)
@@ -170,9 +172,8 @@ def band_backward_queries(
     row_end = row0 + count * STEP
     queries = load_rows(q, batch, row0, head, row_end, STEP, D, BD, ROWS, OFFSET, False)
     douts = load_rows(dout, batch, row0, head, row_end, STEP, E, BE, ROWS, OFFSET, False)
-    stats_at = _stats_at(stats, batch, head)
-    lse = tl.load(stats_at[0] + row, mask=row < row_end, other=float("inf"))
-    delta = tl.load(stats_at[1] + row, mask=row < row_end, other=0.0)
+    lse = _statistic(stats, batch, head, 0, row, row_end, float("inf"), False)
+    delta = _statistic(stats, batch, head, 1, row, row_end, 0.0, False)
     grad = start_rows(dq, batch, row0, head, row_end, STEP, D, BD, ROWS, OFFSET, False) / scale
     at = (batch, head // group)
     if LISTED:
@@ -181,8 +182,8 @@ def band_backward_queries(
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
             grad = _query_block(
-                grad, queries, douts, lse, delta, k, v, at, refs, ref, ref >= 0, row, start, end,
-                scale, softcap,
+                grad, queries, douts, lse, delta, k, v, at, refs, ref, ref >= 0, row, row_end,
+                start, end, scale, softcap,
                 STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
             )  # fmt: skip
     else:
@@ -191,8 +192,8 @@ def band_backward_queries(
             for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                 masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
                 grad = _query_block(
-                    grad, queries, douts, lse, delta, k, v, at, refs, ref, masked, row, start, end,
-                    scale, softcap,
+                    grad, queries, douts, lse, delta, k, v, at, refs, ref, masked, row, row_end,
+                    start, end, scale, softcap,
                     STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
                 )  # fmt: skip
     end_rows(dq, batch, row0, head, row_end, grad * scale, STEP, D, BD, ROWS, OFFSET, False)

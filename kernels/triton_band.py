@@ -12,17 +12,21 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from ringattn.errors import UserError
 from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
 from ringattn.kernels.merge import NO_KEY
 from ringattn.kernels.routed_lists import routed_work
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
 from ringattn.kernels.triton_launch import interpreted, launch
-from ringattn.kernels.triton_tiles import TritonTiles
+from ringattn.kernels.triton_tiles import Configs, TritonTiles
 from ringattn.kernels.work_lists import WorkList
 
 MOST_DIM = {2: 256, 4: 128}
 """By bytes of an element. Wider float32 rows do not fit into registers as three tf32 products."""
+
+MARGIN = 256
+"""Rows of statistics beyond the last one: as many as a block has at most."""
 
 FEW_PROGRAMS = 2
 """With fewer programs per multiprocessor, query heads of a group become programs of their own."""
@@ -83,10 +87,12 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.forward`."""
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
-        config, group = self._config("forward", q, v, softcap), q.shape[2] // k.shape[2]
-        for work in self._query_lists(prepared, config, group, selection):
-            launch("forward", work, config, (q, k, v, out, lse), group, scale, softcap)
+        _check_scale(scale)
+        # The maximum is taken of products that are not scaled yet, so their scale is positive.
+        q, k, v, scale = (*(_unit_stride(x) for x in (-q if scale < 0 else q, k, v)), abs(scale))
+        configs, group = self._both("forward", q, v, softcap), q.shape[2] // k.shape[2]
+        for work in self._query_lists(prepared, configs, group, selection):
+            launch("forward", work, (q, k, v, out, lse), group, scale, softcap)
 
     def backward(
         self,
@@ -106,19 +112,20 @@ class TritonBandKernel:
         selection: Selection | None = None,
     ) -> None:
         """See `Kernel.backward`."""
+        _check_scale(scale)
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = statistics(lse, delta)
         group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device) // q.shape[0]
         repeatable = self.deterministic
         part: Part = "keys_only" if repeatable else "keys"
-        config, operands = self._config(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
-        for work, shared in self._key_lists(prepared, config, group, few, selection):
-            launch(part, work, config, operands, group, scale, softcap, shared=shared)
+        configs, operands = self._both(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
+        for work, shared in self._key_lists(prepared, configs, group, few, selection):
+            launch(part, work, operands, group, scale, softcap, shared=shared)
         if not repeatable:
             return
-        config = self._config("queries", q, v, softcap)
-        for work in self._query_lists(prepared, config, group, selection):
-            launch("queries", work, config, (q, k, v, dout, stats, dq), group, scale, softcap)
+        configs = self._both("queries", q, v, softcap)
+        for work in self._query_lists(prepared, configs, group, selection):
+            launch("queries", work, (q, k, v, dout, stats, dq), group, scale, softcap)
 
     @property
     def deterministic(self) -> bool:
@@ -127,53 +134,62 @@ class TritonBandKernel:
             return self._deterministic
         return torch.are_deterministic_algorithms_enabled()
 
-    def _config(
-        self, part: Part, q: torch.Tensor, v: torch.Tensor, softcap: float | None
-    ) -> BlockConfig:
+    def _both(self, part: Part, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Configs:
+        """Block sizes for columns in runs, and listed."""
         if self._configs is not None:
-            return self._configs[part]
-        dim = max(q.shape[3], v.shape[3])
-        return block_config(
-            _architecture(q.device), part, dim, q.element_size(), softcap=bool(softcap)
+            return self._configs[part], self._configs[part]
+        arch, dim = _architecture(q.device), max(q.shape[3], v.shape[3])
+        runs, listed = (
+            block_config(arch, part, dim, q.element_size(), softcap=bool(softcap), listed=listed)
+            for listed in (False, True)
         )
+        return runs, listed
 
     def _query_lists(
         self,
         prepared: TritonTiles,
-        config: BlockConfig,
+        configs: Configs,
         group: int,
         selection: Selection | None,
     ) -> Iterator[WorkList]:
         if len(prepared.bands):
-            yield from prepared.queries(config)
-        for routed in prepared.routed_items(config.rows, by_queries=True):
+            yield from prepared.queries(configs)
+        for routed in prepared.routed_items(configs[1].rows, by_queries=True):
             assert selection is not None, "a plan of run-time blocks runs with a selection"
-            made = routed_work(routed, selection, config.columns, group, deterministic=True)
+            made = routed_work(routed, selection, configs[1], group, deterministic=True)
             yield from (work for work, _ in made)
 
     def _key_lists(
         self,
         prepared: TritonTiles,
-        config: BlockConfig,
+        configs: Configs,
         group: int,
         few: int,
         selection: Selection | None,
     ) -> Iterator[tuple[WorkList, bool]]:
         if len(prepared.bands):
-            yield from prepared.keys(config, group, few, self.deterministic)
-        for routed in prepared.routed_items(config.rows, by_queries=False):
+            yield from prepared.keys(configs, group, few, self.deterministic)
+        for routed in prepared.routed_items(configs[1].rows, by_queries=False):
             assert selection is not None, "a plan of run-time blocks runs with a selection"
             yield from routed_work(
-                routed, selection, config.columns, group, deterministic=self.deterministic
+                routed, selection, configs[1], group, deterministic=self.deterministic
             )
 
 
+def _check_scale(scale: float) -> None:
+    if scale == 0 or not math.isfinite(scale):
+        raise UserError(
+            f"scale={scale}", "kernel=triton needs a finite one other than 0", "use kernel=matmul"
+        )
+
+
 def statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """float32 (2, B, Hq, T): lse in base 2, +inf for rows without keys, and delta."""
+    """float32 (B, Hq, 2, T + MARGIN): lse in base 2, +inf for rows without keys, and delta."""
     batch, rows, heads = lse.shape
-    stats = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=lse.device)
-    stats[0] = (lse * math.log2(math.e)).masked_fill_(lse == NO_KEY, torch.inf).transpose(1, 2)
-    stats[1] = delta.transpose(1, 2)
+    stats = lse.new_zeros((batch, heads, 2, rows + MARGIN), dtype=torch.float32)
+    base_2 = (lse * math.log2(math.e)).masked_fill_(lse == NO_KEY, torch.inf)
+    stats[:, :, 0, :rows] = base_2.transpose(1, 2)
+    stats[:, :, 1, :rows] = delta.transpose(1, 2)
     return stats
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-SHIPPED = "triton_configs.json"
+SHIPPED, LISTED = "triton_configs.json", "-listed"
 Part = Literal["forward", "keys", "keys_only", "queries"]
 """Which kernel: `keys` adds to dk, dv and dq, `keys_only` not to dq, which is left to `queries`."""
 
@@ -27,7 +27,7 @@ class BlockConfig:
 
 
 def block_config(
-    arch: str, part: Part, head_dim: int, itemsize: int, *, softcap: bool
+    arch: str, part: Part, head_dim: int, itemsize: int, *, softcap: bool, listed: bool = False
 ) -> BlockConfig:
     """The shipped configuration.
 
@@ -36,11 +36,16 @@ def block_config(
         part: which kernel.
         head_dim: the larger of both head dims, at most 256 (128 in float32).
         itemsize: bytes of an element of q. softcap: whether scores are capped.
+        listed: whether columns are listed; as otherwise, unless the table says so.
     """
     table = _table()
-    of_part = table.get(arch, table["default"])[config_name(part, itemsize, softcap=softcap)]
-    fitting = min(int(dim) for dim in of_part if int(dim) >= head_dim)
-    rows, columns, warps, stages, *tma = of_part[str(fitting)]
+    of_arch = table.get(arch, table["default"])
+    name = config_name(part, itemsize, softcap=softcap)
+    fitting = str(min(int(dim) for dim in of_arch[name] if int(dim) >= head_dim))
+    found = of_arch[name][fitting]
+    if listed:
+        found = of_arch.get(name + LISTED, {}).get(fitting, found)
+    rows, columns, warps, stages, *tma = found
     return BlockConfig(rows, columns, warps, stages, bool(tma))
 
 

@@ -31,7 +31,7 @@ from ringattn.kernels.triton_parts import (
 
 @triton.jit
 def _attend(
-    state, q, k, v, at, refs, ref, masked, row, start, end,
+    state, q, k, v, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -42,13 +42,13 @@ def _attend(
     batch, head = at
     block = load_rows(k, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     product = dot(q, tl.trans(block), None, PRECISION)
-    score, _ = band_scores(product, scale, softcap, SOFTCAP)
+    value, factor, _ = band_scores(product, scale, softcap, SOFTCAP)
     if masked:
         column = start + tl.arange(0, COLUMNS) * STEP
-        score = tl.where(inside_band(refs, ref, row, column, end), score, NONE)
-    new_top = tl.maximum(top, tl.max(score, 1))
+        value = tl.where(inside_band(refs, ref, row, row_end, column, end), value, NONE)
+    new_top = tl.maximum(top, tl.max(value, 1) * factor)
     shift = tl.where(new_top == NONE, 0.0, new_top)  # a row without keys: -inf - (-inf) is NaN
-    prob = tl.exp2(score - shift[:, None])
+    prob = tl.exp2(value * factor - shift[:, None])
     decay = tl.exp2(top - shift)
     total = total * decay + tl.sum(prob, 1)
     block = load_rows(v, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
@@ -66,6 +66,7 @@ def band_forward(
     """See the module docstring. Grid (works, B); `works` rows: item, query head, _, first list.
 
     q, k, v, out, lse: operands as in `triton_parts`; out and lse float32 and never descriptors.
+    scale is positive.
     """
     batch = tl.program_id(1)
     item, head, _, lists = load_work(works)
@@ -88,8 +89,8 @@ def band_forward(
             start, end = tl.load(entries + 3 * n), tl.load(entries + 3 * n + 1)
             ref = tl.load(entries + 3 * n + 2)
             state = _attend(
-                state, rows, k, v, at, refs, ref, ref >= 0, row, start, end, scale, softcap,
-                STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+                state, rows, k, v, at, refs, ref, ref >= 0, row, row_end, start, end,
+                scale, softcap, STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
             )  # fmt: skip
     else:
         for ref in range(tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)):
@@ -97,8 +98,8 @@ def band_forward(
             for start in tl.range(first, end, COLUMNS * STEP, disable_licm=True):
                 masked = (start < full0) | (start + (COLUMNS - 1) * STEP > full1)
                 state = _attend(
-                    state, rows, k, v, at, refs, ref, masked, row, start, end, scale, softcap,
-                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
+                    state, rows, k, v, at, refs, ref, masked, row, row_end, start, end,
+                    scale, softcap, STEP, D, E, BD, BE, COLUMNS, SOFTCAP, PRECISION, OFFSET, TMA,
                 )  # fmt: skip
     acc, top, total = state
     some = total > 0

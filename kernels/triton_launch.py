@@ -25,7 +25,6 @@ TMA_BYTES = 16
 def launch(
     part: Part,
     work: WorkList,
-    config: BlockConfig,
     operands: tuple[torch.Tensor, ...],
     group: int,
     scale: float,
@@ -38,9 +37,7 @@ def launch(
     shared: several programs add to the same rows of dk and dv.
     """
     q = operands[0]
-    arguments, constants = call(
-        part, work, config, operands, group, scale, softcap, shared=shared
-    )  # fmt: skip
+    arguments, constants = call(part, work, operands, group, scale, softcap, shared=shared)
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         kernel(part)[len(work.works), q.shape[0]](*arguments, **constants)
 
@@ -48,7 +45,6 @@ def launch(
 def call(
     part: Part,
     work: WorkList,
-    config: BlockConfig,
     operands: tuple[torch.Tensor, ...],
     group: int,
     scale: float,
@@ -59,7 +55,7 @@ def call(
     """What `launch` passes to the kernel: (arguments, constants and options)."""
     from triton import language as tl
 
-    q, v = operands[0], operands[2]
+    config, q, v = work.config, operands[0], operands[2]
     blocks = OPERAND_BLOCKS[part]
     rows = max(config.rows, config.columns)
     reach = max(rows * work.step * t.stride(1) for t in operands)

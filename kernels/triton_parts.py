@@ -60,10 +60,11 @@ def load_rows(
 
 
 @triton.jit
-def inside_band(refs, ref, row, column, end):
-    """bool (rows, columns): which pairs a ref allows, of the columns before `end`."""
+def inside_band(refs, ref, row, row_end, column, end):
+    """bool (rows, columns): which pairs a ref allows, of rows and columns before their ends."""
     at = refs + 6 * ref
     r0, r1, lo, hi = tl.load(at), tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
+    r1 = tl.minimum(r1, row_end)
     distance = column[None, :] - row[:, None]
     inside = (distance >= lo) & (distance <= hi)
     return inside & ((row >= r0) & (row < r1))[:, None] & (column < end)[None, :]
@@ -89,16 +90,17 @@ def run_bounds(refs, ref, row0, row_end, STEP: tl.constexpr):
 
 @triton.jit
 def band_scores(product, scale, softcap, SOFTCAP: tl.constexpr):
-    """(base-2 scores, d score / d (scaled product)) of q·k products; the slope is 1 uncapped.
+    """(value, factor, slope) of q·k products: value * factor is the base-2 score, slope is
+    d score / d (scaled product), 1 uncapped.
 
     tanh by an exponential that overflows to the right limits.
     """
     if SOFTCAP:
         grown = tl.exp2(product * (scale / softcap * (2.0 * LOG2_E)))
         squashed = 1.0 - 2.0 / (1.0 + grown)
-        return squashed * (softcap * LOG2_E), 1.0 - squashed * squashed
+        return squashed, softcap * LOG2_E, 1.0 - squashed * squashed
     else:
-        return product * (scale * LOG2_E), 1.0
+        return product, scale * LOG2_E, 1.0
 
 
 @triton.jit

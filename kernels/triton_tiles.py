@@ -1,5 +1,6 @@
 """Prepared tiles of the band kernel: work lists by block sizes, made when first asked for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from ringattn.kernels.block_matrix import BlockTiles
 from ringattn.kernels.routed_lists import RoutedItems, routed_items
 from ringattn.kernels.triton_configs import BlockConfig
-from ringattn.kernels.work_items import build_items, head_segments, transposed
+from ringattn.kernels.work_items import Items, build_items, head_segments, transposed
 from ringattn.kernels.work_lists import (
     WorkList,
+    are_short,
     head_groups,
     ordered_works,
     single_heads,
     work_list,
 )
+
+Configs = tuple[BlockConfig, BlockConfig]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +32,15 @@ class TritonTiles:
     device: torch.device
     lists: dict[Any, Any] = field(default_factory=dict)
 
-    def queries(self, config: BlockConfig) -> list[WorkList]:
-        """Work lists over query rows."""
-        key = ("queries", config.rows, config.columns)
+    def queries(self, configs: Configs) -> list[WorkList]:
+        """Work lists over query rows; `configs` for columns in runs, and listed."""
+        key = ("queries", configs)
         if key not in self.lists:
             self.lists[key] = [
                 work_list(
-                    items,
-                    ordered_works(items, single_heads),
-                    (config.rows, config.columns),
-                    self.device,
+                    items, ordered_works(items, single_heads), config, self.device, listed=listed
                 )
-                for items in build_items(self.bands, config.rows, config.columns)
+                for items, config, listed in _items(self.bands, configs)
             ]
         return self.lists[key]
 
@@ -53,31 +54,43 @@ class TritonTiles:
         return self.lists[key]
 
     def keys(
-        self, config: BlockConfig, group: int, few: int, deterministic: bool
+        self, configs: Configs, group: int, few: int, deterministic: bool
     ) -> list[tuple[WorkList, bool]]:
         """Work lists over key rows, and whether their programs share rows of dk and dv.
 
         Below `few` programs, every query head is one of its own. A deterministic list shares none:
         where heads of one group have unequal tiles, they take their turns.
         """
-        key = ("keys", config.rows, config.columns, group, few, deterministic)
+        key = ("keys", configs, group, few, deterministic)
         if key not in self.lists:
-            self.lists[key] = self._keys(config, group, few, deterministic)
+            self.lists[key] = self._keys(configs, group, few, deterministic)
         return self.lists[key]
 
     def _keys(
-        self, config: BlockConfig, group: int, few: int, deterministic: bool
+        self, configs: Configs, group: int, few: int, deterministic: bool
     ) -> list[tuple[WorkList, bool]]:
         tiles = transposed(self.bands)
         apart = bool(((tiles["h0"] % group) | (tiles["h1"] % group)).any())
         tables = list(head_segments(tiles)) if apart and deterministic else [tiles]
         result = []
         for table in tables:
-            for items in build_items(table, config.rows, config.columns):
+            for items, config, listed in _items(table, configs):
                 works = ordered_works(items, head_groups(group))
                 split = group > 1 and len(works) < few and not deterministic
                 if split:
                     works = ordered_works(items, single_heads)
-                made = work_list(items, works, (config.rows, config.columns), self.device)
+                made = work_list(items, works, config, self.device, listed=listed)
                 result.append((made, split or (apart and not deterministic)))
         return result
+
+
+def _items(tiles: np.ndarray, configs: Configs) -> Iterator[tuple[Items, BlockConfig, bool]]:
+    """The items of each launch, their block sizes, and whether their columns are listed."""
+    for step in np.unique(tiles["step"]):
+        mine = tiles[tiles["step"] == step]
+        runs, listed = configs
+        (items,) = build_items(mine, runs.rows, runs.columns)
+        short = are_short(items)
+        if short and listed != runs:
+            (items,) = build_items(mine, listed.rows, listed.columns)
+        yield items, listed if short else runs, short

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ringattn.kernels.triton_configs import BlockConfig
 from ringattn.kernels.work_items import Items, column_visits, expand
 
 FEW_WORKS = 1024
@@ -21,6 +22,7 @@ class WorkList:
     """One launch. Tensors int32 on the device; columns as in `ringattn.kernels.triton_forward`.
 
     Attributes:
+        config: block sizes that the items were made for.
         step: distance between neighbouring rows.
         works: (n, 4) item, query heads h0 and h1, and the first list of its heads.
         items: (m, 4). refs: (r, 6). ranges: (lists, m, 2) of entries. entries: (e, 3).
@@ -28,6 +30,7 @@ class WorkList:
         range_batch: lists between batch rows; 0 where all share them.
     """
 
+    config: BlockConfig
     step: int
     works: torch.Tensor
     items: torch.Tensor
@@ -72,15 +75,14 @@ def ordered_works(items: Items, heads: Heads) -> np.ndarray:
 
 
 def work_list(
-    items: Items, works: np.ndarray, blocks: tuple[int, int], device: torch.device
+    items: Items, works: np.ndarray, config: BlockConfig, device: torch.device, *, listed: bool
 ) -> WorkList:
-    """The items with their programs, on the device; `blocks` of rows and of columns."""
-    listed = _are_short(items)
+    """The items with their programs, on the device."""
+    ranges, entries = np.zeros((1, 2), dtype=np.int32), np.zeros((1, 3), dtype=np.int32)
     if listed:
-        ranges, entries = written_out(items, *blocks)
-    else:
-        ranges, entries = np.zeros((1, 2), dtype=np.int32), np.zeros((1, 3), dtype=np.int32)
+        ranges, entries = written_out(items, config.rows, config.columns)
     return WorkList(
+        config=config,
         step=items.step,
         works=_on(works, device),
         items=_on(items.items, device),
@@ -95,7 +97,7 @@ def _on(table: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 
-def _are_short(items: Items) -> bool:
+def are_short(items: Items) -> bool:
     """Whether items have several runs, most of them short."""
     count, blocks = len(items.refs), int(items.cost.sum())
     many = (items.items[:, 3] - items.items[:, 2]).mean() > 2

@@ -17,13 +17,13 @@ from ringattn.benchmarks.record import read_records
 from ringattn.benchmarks.triton_compile import PARTS, Resources, Variant
 from ringattn.benchmarks.triton_tune import TABLE, Search
 from ringattn.benchmarks.tune_cases import Entry, as_text, candidates, entries, fault, shipped
-from ringattn.benchmarks.tune_measure import LISTS, Workbench, WrongResult
+from ringattn.benchmarks.tune_measure import RUNS, Workbench, WrongResult
 from ringattn.benchmarks.tune_records import NAME, Log, choose
 from ringattn.benchmarks.tune_table import as_list, merged, read_table, table_text
 from ringattn.kernels.triton_configs import BlockConfig
 
 ENTRY, ARCH = Entry("forward", 128), "sm_90"
-GOOD = Resources(registers=128, shared=100_000, spilled=0, serialized=False)
+GOOD = Resources(128, shared=100_000, spilled=0, serialized=False, trapped=False)
 
 
 class Ready:
@@ -51,9 +51,13 @@ def search(
 
 def test_the_order_and_number_of_entries() -> None:
     first = [str(entry) for entry in entries()[:4]]
-    assert first == ["forward-d128", "keys-d128", "forward-d64", "keys-d64"]
-    assert len(entries()) == len(set(entries())) == len(PARTS) * 2 * (3 + 2)
-    assert entries(["keys"], [256], ["bf16", "fp32"], [True]) == [Entry("keys", 256, 2, True)]
+    assert first == [
+        "forward-d128", "keys-d128", "forward-listed-d128", "keys-listed-d128",
+    ]  # fmt: skip
+    assert len(entries()) == len(set(entries())) == len(PARTS) * 2 * 2 * (3 + 2)
+    assert entries(["keys"], [256], ["bf16", "fp32"], [True]) == [
+        Entry("keys", 256, 2, True, listed) for listed in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_86"])
@@ -70,17 +74,20 @@ def test_candidates_start_with_the_shipped_one(arch: str) -> None:
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        (Resources(255, 1000, 8, False), "8 bytes spilled (listed)"),
-        (Resources(255, 1000, 0, True), "matrix instructions serialized (listed)"),
-        (Resources(255, 300_000, 0, False), "300000 bytes of shared memory, limit 232448 (listed)"),
-        ("ValueError: no", "ValueError: no (listed)"),
+        (Resources(255, 1000, 8, False, False), "8 bytes spilled (shared)"),
+        (Resources(255, 1000, 0, True, False), "matrix instructions serialized (shared)"),
+        (
+            Resources(255, 300_000, 0, False, False),
+            "300000 bytes of shared memory, limit 232448 (shared)",
+        ),
+        ("ValueError: no", "ValueError: no (shared)"),
     ],
 )
 def test_what_does_not_compile_well_is_left_out(bad: Resources | str, reason: str) -> None:
-    variants = ENTRY.variants(ARCH, shipped(ENTRY, ARCH))
+    variants = Entry("keys", 64).variants(ARCH, shipped(ENTRY, ARCH))
     assert fault(variants, [GOOD] * len(variants)) == ""
     assert fault(variants, [GOOD, bad]) == reason
-    assert len(Entry("keys", 64).variants(ARCH, shipped(ENTRY, ARCH))) == 3
+    assert fault(ENTRY.variants(ARCH, shipped(ENTRY, ARCH)), [bad]).endswith("(plain)")
 
 
 def test_a_search_records_resumes_and_chooses(tmp_path: Path) -> None:
@@ -88,7 +95,7 @@ def test_a_search_records_resumes_and_chooses(tmp_path: Path) -> None:
     _, spills, wrong, fast = candidates(ENTRY, ARCH, 4)
 
     def used(variant: Variant) -> Resources:
-        return Resources(255, 0, 8 * (variant.config == spills), False)
+        return Resources(255, 0, 8 * (variant.config == spills), False, False)
 
     def rate(entry: Entry, mask: str, config: BlockConfig) -> float:
         assert config != spills
@@ -102,7 +109,7 @@ def test_a_search_records_resumes_and_chooses(tmp_path: Path) -> None:
     records = read_records(path)
     assert [r.status for r in records] == ["ok", "refused", "error", "ok"]
     assert "off by 1" in records[2].reason
-    assert records[3].config["rates"] == dict.fromkeys(LISTS, 200.0)
+    assert records[3].config["rates"] == dict.fromkeys(RUNS, 200.0)
     assert records[3].value == pytest.approx(200.0)
     assert triton_tune.found(Log(path, ARCH)) == {ENTRY: fast}
     assert search(path, lambda *_: pytest.fail("tried again"), used)
@@ -120,7 +127,7 @@ def test_slow_ones_and_late_ones_are_not_timed_further(tmp_path: Path) -> None:
 
     search(path, rate, lambda v: None if v.config == late else GOOD, most=3)
     assert [r.status for r in read_records(path)] == ["ok", "refused"]
-    assert [mask for mask, config in asked if config == slow] == [LISTS[0]]
+    assert [mask for mask, config in asked if config == slow] == [RUNS[0]]
     assert not Log(path, ARCH).has(ENTRY, late)
 
 
@@ -142,14 +149,20 @@ def test_the_shipped_one_stays_unless_another_gains() -> None:
 def test_the_table_keeps_its_form_and_entries() -> None:
     table, config = read_table(TABLE), BlockConfig(64, 32, 4, 3, True)
     assert table_text(table) == TABLE.read_text(encoding="utf-8")
-    made = merged(table, ARCH, {Entry("keys", 64, 4, True): config})
-    assert made[ARCH]["keys-softcap-fp32"]["64"] == as_list(config) == [64, 32, 4, 3, True]
-    assert merged(made, ARCH, {e: shipped(e, ARCH) for e in entries()}) == table
-    before, after = (table_text(t).splitlines() for t in (table, made))
-    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    runs, listed = (Entry("keys", 64, 4, True, listed) for listed in (False, True))
+    made = merged(table, ARCH, {runs: config})
+    assert made[ARCH][runs.name]["64"] == as_list(config) == [64, 32, 4, 3, True]
+    assert made[ARCH][listed.name]["64"] == as_list(shipped(listed, ARCH))
+    made[ARCH][runs.name]["64"] = table[ARCH][runs.name]["64"]
+    del made[ARCH][listed.name]
+    kept = {name: dims for name, dims in table[ARCH].items() if name != listed.name}
+    assert made == {**table, ARCH: kept}
+    both = merged(table, ARCH, {listed: config})
+    assert both[ARCH][listed.name]["64"] == as_list(config)
+    assert both[ARCH][runs.name] == table[ARCH][runs.name]
     new = merged(table, "sm_120", {ENTRY: config})
     assert {name: new[name] for name in table} == table
-    assert new["sm_120"].keys() == table["default"].keys()
+    assert new["sm_120"].keys() == table["default"].keys() | {"forward-listed"}
     assert json.loads(table_text(new)) == new
 
 

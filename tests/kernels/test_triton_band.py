@@ -4,13 +4,16 @@ Blocks are small, so that small problems fall into many. Plans of every mask run
 `tests/core/test_triton_plans.py`.
 """
 
+import importlib
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ringattn.errors import UserError
 from ringattn.kernels import kernel_by_name
 from ringattn.kernels.triton_band import TritonBandKernel
 from ringattn.kernels.triton_configs import BlockConfig, block_config
@@ -90,6 +93,26 @@ def test_dtypes_and_head_dims(
             assert_close(field, getattr(reference, field), got, ALLOWED[dtype])
 
 
+@pytest.mark.parametrize("scale", [-0.7, 1e-3, 20.0])
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+def test_scales_of_any_size(
+    generator: torch.Generator, scale: float, softcap: float | None
+) -> None:
+    tiles = tile_table((0, 4, 0, 40, 0, 40, -OPEN, 3, 1))
+    p = problem(tiles, generator, rows=40, keys=40, softcap=softcap, dtype=torch.float32)
+    p = replace(p, scale=scale)
+    reference = p.reference()
+    for field, got in run_kernel(band_kernel("deterministic"), p, [tiles]).items():
+        assert_close(field, getattr(reference, field), got, 5e-5)
+
+
+def test_a_scale_of_zero_is_refused(generator: torch.Generator) -> None:
+    tiles = tile_table((0, 4, 0, 40, 0, 40, -OPEN, 3, 1))
+    p = replace(problem(tiles, generator, rows=40, keys=40, dtype=torch.float32), scale=0.0)
+    with pytest.raises(UserError, match="other than 0"):
+        run_kernel(band_kernel("pointers"), p, [tiles])
+
+
 def test_no_tiles_change_nothing(generator: torch.Generator) -> None:
     p = problem(tile_table(), generator, rows=5, keys=3, dtype=torch.float32)
     got = run_kernel(band_kernel("pointers"), p, [tile_table()])
@@ -114,23 +137,23 @@ def test_wrong_delta_is_noticed(generator: torch.Generator) -> None:
     assert rel_error(reference.dq, grads[0]) > 1e-2
 
 
+@pytest.mark.parametrize("module, field", [("forward", "out"), ("backward", "dk")])
 def test_a_wrong_edge_is_noticed(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, module: str, field: str
 ) -> None:
-    """A block taken for wholly inside its band, though one column sticks out, must be seen."""
-    from ringattn.kernels import triton_forward
-
-    tiles = tile_table((0, 4, 0, 64, 0, 64, -OPEN, 0, 1))
+    """A block taken for wholly inside its band, though columns stick out, must be seen."""
+    parts: Any = importlib.import_module(f"ringattn.kernels.triton_{module}")
+    tiles = tile_table((0, 4, 0, 64, 0, 64, -30, 0, 1))
     p = problem(tiles, generator, rows=64, keys=64, dtype=torch.float32)
-    bounds: Any = triton_forward.run_bounds
+    bounds = parts.run_bounds
 
     def wider(*arguments):
         first, end, full0, full1 = bounds(*arguments)
-        return first, end, full0, full1 + 16
+        return first, end, full0 - 16, full1 + 16
 
-    monkeypatch.setattr(triton_forward, "run_bounds", wider)
+    monkeypatch.setattr(parts, "run_bounds", wider)
     got = run_kernel(band_kernel("pointers"), p, [tiles])
-    assert rel_error(p.reference().out, got["out"]) > 1e-3
+    assert rel_error(getattr(p.reference(), field), got[field]) > 1e-3
 
 
 @pytest.mark.parametrize(
