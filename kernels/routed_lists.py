@@ -1,4 +1,4 @@
-"""Work lists of blocks chosen at run time, made on the device: no value is asked of it.
+"""Work lists of blocks chosen at run time, made on the device: nobody waits for it.
 
 What rows are cut into is known beforehand, as is where each block of columns lies in the buffer;
 which blocks an item visits is gathered from the selection, and put in front by a stable sort. Tiles
@@ -6,7 +6,8 @@ that share rows are launches of their own.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ class RoutedItems:
         block: int64 (items,): block of the matrix that holds the item's rows.
         tile: int64 (items,): the item's tile. model_head: int64 (tiles,): model's head of head 0.
         spans: int64 (tiles, most, 3): first row, end, block of the columns' spans, or (0, 0, -1).
-        blocks: blocks of the columns' side.
+        blocks: blocks of the columns' side. row_block: most rows of an item.
         by_queries: whether rows are query rows.
+        placed: copies on devices, made when first asked for: a copy waits for the device.
     """
 
     items: Items
@@ -36,7 +38,31 @@ class RoutedItems:
     model_head: np.ndarray
     spans: np.ndarray
     blocks: int
+    row_block: int
     by_queries: bool
+    placed: dict[Any, Any] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "_Placed":
+        """The tables on a device."""
+        if device not in self.placed:
+            tables = (self.items.items, self.items.refs, self.block, self.tile, self.spans)
+            self.placed[device] = _Placed(*(_copied(table, device) for table in tables))
+        return self.placed[device]
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """As in `RoutedItems`."""
+
+    items: torch.Tensor
+    refs: torch.Tensor
+    block: torch.Tensor
+    tile: torch.Tensor
+    spans: torch.Tensor
+
+
+def _copied(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 
 def routed_items(tiles: BlockTiles, row_block: int, *, by_queries: bool) -> list[RoutedItems]:
@@ -93,7 +119,14 @@ def _items(tiles: BlockTiles, layer: np.ndarray, row_block: int, by_queries: boo
     matrices = [tiles.matrices[n] for n in tiles.tiles["matrix"][layer]]
     blocks = max(len(m.k_edges if by_queries else m.q_edges) for m in matrices) - 1
     return RoutedItems(
-        made, np.array(block), np.array(owner), np.array(model_head), padded, blocks, by_queries
+        items=made,
+        block=np.array(block),
+        tile=np.array(owner),
+        model_head=np.array(model_head),
+        spans=padded,
+        blocks=blocks,
+        row_block=row_block,
+        by_queries=by_queries,
     )
 
 
@@ -112,22 +145,24 @@ def chosen_entries(
     int32 (B * selecting heads, items, 2) and (e, 3), as in `ringattn.kernels.work_lists`.
     """
     device = selection.blocks.device
+    placed = routed.on(device)
     first, end, chosen = _visited(routed, selection)
     length = (routed.spans[..., 1] - routed.spans[..., 0]).max(initial=0)
     chunks = -(-int(length) // column_block)
     start = first.unsqueeze(-1) + column_block * torch.arange(chunks, device=device)
     end = end.unsqueeze(-1).expand_as(start)
-    row = torch.from_numpy(routed.items.items[:, 0].astype(np.int64)).to(device)
-    count = torch.from_numpy(routed.items.items[:, 1].astype(np.int64)).to(device)
-    tile = torch.from_numpy(routed.tile).to(device)
-    refs = torch.from_numpy(routed.items.refs.astype(np.int64)).to(device)[tile]
+    row, count = placed.items[:, 0].long(), placed.items[:, 1].long()
+    tile, refs = placed.tile, placed.refs.long()[placed.tile]
     view = (-1, 1, 1)
+    lo, hi, last = refs[:, 4], refs[:, 5], row + count - 1
     valid = chosen.unsqueeze(-1) & (start < end)
-    valid &= start < (row + count + refs[:, 5]).view(view)
-    valid &= start + column_block > (row + refs[:, 4]).view(view)
+    valid &= (start <= (last + hi).view(view)) & (start + column_block > (row + lo).view(view))
+    whole = (start + column_block <= end) & (count == routed.row_block).view(view)
+    whole = whole & (start >= (last + lo).view(view))
+    whole &= start + column_block - 1 <= (row + hi).view(view)
     shape = (*valid.shape[:3], -1)
     order = (~valid).reshape(shape).to(torch.uint8).argsort(dim=-1, stable=True)
-    parts = (start, end, tile.view(view).expand_as(start))
+    parts = (start, end, torch.where(whole, -1, tile.view(view)))
     entries = [part.expand_as(valid).reshape(shape).gather(-1, order) for part in parts]
     width = order.shape[-1]
     held = valid.reshape(shape).sum(-1)
@@ -141,9 +176,8 @@ def _visited(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(first, end, chosen) of candidate spans: (B, selecting heads, items, candidates)."""
     device, chosen = selection.blocks.device, selection.blocks.long()
-    block = torch.from_numpy(routed.block).to(device)
-    tile = torch.from_numpy(routed.tile).to(device)
-    held = torch.from_numpy(routed.spans).to(device)
+    placed = routed.on(device)
+    block, tile, held = placed.block, placed.tile, placed.spans
     if routed.by_queries:  # the candidates are the chosen blocks: where do they lie in the buffer?
         bounds = held.new_zeros((len(held), routed.blocks + 1, 2))
         at = torch.where(held[..., 2] < 0, routed.blocks, held[..., 2])
@@ -176,28 +210,22 @@ def routed_work(
     """Launches of one layer, and whether their programs share rows of dk and dv."""
     ranges, entries = chosen_entries(routed, selection, config.columns)
     device = ranges.device
-    heads = single_heads if routed.by_queries else _selecting_parts(routed, selection, group)
-    works = ordered_works(routed.items, heads)
-    tile = routed.tile[works[:, 0]]
-    share = selection.q_heads // selection.blocks.shape[1]
-    works[:, 3] = (works[:, 1] + routed.model_head[tile]) // share * len(routed.items.items)
-    rounds, shared = [works], False
-    if not routed.by_queries:
-        part = _turn(works, group)
-        shared = bool(part.any()) and not deterministic
-        rounds = [works] if shared else [works[part == n] for n in range(int(part.max()) + 1)]
-    item_table, ref_table = (
-        torch.from_numpy(t).to(device) for t in (routed.items.items, routed.items.refs)
-    )
+    placed = routed.on(device)
     lists = selection.blocks.shape[1] * len(routed.items.items)
+    key = (device, lists, selection.q_heads, group, deterministic)
+    if key not in routed.placed:
+        share = selection.q_heads // selection.blocks.shape[1]
+        rounds, shared = _rounds(routed, share, group, deterministic=deterministic)
+        routed.placed[key] = [_copied(mine, device) for mine in rounds], shared
+    rounds, shared = routed.placed[key]
     return [
         (
             WorkList(
                 config=config,
                 step=1,
-                works=torch.from_numpy(np.ascontiguousarray(mine)).to(device),
-                items=item_table,
-                refs=ref_table,
+                works=mine,
+                items=placed.items,
+                refs=placed.refs,
                 ranges=ranges,
                 entries=entries,
                 listed=True,
@@ -209,16 +237,31 @@ def routed_work(
     ]
 
 
-def _selecting_parts(routed: RoutedItems, selection: Selection, group: int) -> Heads:
-    """Heads that share a key head and a selecting head."""
-    share = selection.q_heads // selection.blocks.shape[1]
-    model_head = int(routed.model_head[0])
+def _rounds(
+    routed: RoutedItems, share: int, group: int, *, deterministic: bool
+) -> tuple[list[np.ndarray], bool]:
+    """Programs of each launch, and whether they share rows; `share` heads select together."""
+    heads = single_heads if routed.by_queries else _selecting_parts(routed, share, group)
+    works = ordered_works(routed.items, heads)
+    tile = routed.tile[works[:, 0]]
+    works[:, 3] = (works[:, 1] + routed.model_head[tile]) // share * len(routed.items.items)
+    if routed.by_queries:
+        return [works], False
+    part = _turn(works, group)
+    if part.any() and not deterministic:
+        return [works], True
+    return [works[part == n] for n in range(int(part.max()) + 1)], False
+
+
+def _selecting_parts(routed: RoutedItems, share: int, group: int) -> Heads:
+    """Heads that share a key head and, in every tile, a selecting head."""
+    shifts = np.unique(routed.model_head).tolist()
 
     def split(h0: int, h1: int) -> list[tuple[int, int]]:
-        parts = []
-        for a, b in head_groups(group)(h0, h1):
-            for c, d in head_groups(share)(a + model_head, b + model_head):
-                parts.append((c - model_head, d - model_head))
+        parts = head_groups(group)(h0, h1)
+        for shift in shifts:
+            cut = (head_groups(share)(a + shift, b + shift) for a, b in parts)
+            parts = [(a - shift, b - shift) for found in cut for a, b in found]
         return parts
 
     return split

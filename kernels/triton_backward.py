@@ -32,7 +32,8 @@ from ringattn.kernels.triton_parts import (
 def _statistic(stats, batch, head, which, row, end, other, TMA: tl.constexpr):
     """lse (which 0) or delta (1) of rows. With TMA those from `end` on are another row's: masks
     keep them out."""
-    tensor, s_batch, s_head, s_which = stats
+    tensor, strides = stats
+    s_batch, s_head, s_which = strides
     base = tensor + tl.cast(batch, tl.int64) * s_batch + tl.cast(head, tl.int64) * s_head
     if TMA:
         return tl.load(base + (which * s_which + row))
@@ -54,7 +55,6 @@ def _key_block(
     column = start + tl.arange(0, COLUMNS) * STEP
     queries = load_rows(q, batch, start, head, end, STEP, D, BD, COLUMNS, OFFSET, TMA)
     lse = _statistic(stats, batch, head, 0, column, end, float("inf"), TMA)
-    delta = _statistic(stats, batch, head, 1, column, end, 0.0, TMA)
     product = dot(k, tl.trans(queries), None, PRECISION)
     value, factor, slope = band_scores(product, scale, softcap, SOFTCAP)
     prob = tl.exp2(value * factor - lse[None, :])
@@ -63,6 +63,7 @@ def _key_block(
     douts = load_rows(dout, batch, start, head, end, STEP, E, BE, COLUMNS, OFFSET, TMA)
     dv = dot(prob.to(douts.dtype), douts, dv, PRECISION)
     dprob = dot(v, tl.trans(douts), None, PRECISION)
+    delta = _statistic(stats, batch, head, 1, column, end, 0.0, TMA)
     dscore = (prob * (dprob - delta[None, :]) * slope).to(queries.dtype)
     dk = dot(dscore, queries, dk, PRECISION)
     if ADD_DQ:
@@ -77,9 +78,9 @@ def _key_block(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["range_batch"])
 def band_backward_keys(
-    q, k, v, dout, stats, dq, dk, dv,
+    q, k, v, dout, stats, dq, dk, dv, strides,
     works, items, refs, ranges, entries, range_batch, group, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -88,9 +89,11 @@ def band_backward_keys(
 ):  # fmt: skip
     """See the module docstring. Grid (works, B); `works` rows: item, query heads h0, h1, list.
 
-    Operands as in `triton_parts`; dk and dv, float32, are never descriptors. SHARED: several
+    Operands as in `band_forward`; dk and dv, float32, are never descriptors. SHARED: several
     programs add to the same rows of dk and dv. REDUCE: dq is a descriptor.
     """
+    q, k, v, dout = (q, strides[0]), (k, strides[1]), (v, strides[2]), (dout, strides[3])
+    stats, dq, dk, dv = (stats, strides[4]), (dq, strides[5]), (dk, strides[6]), (dv, strides[7])
     batch = tl.program_id(1)
     item, h0, h1, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
@@ -156,15 +159,17 @@ def _query_block(
     return dot(dscore, keys, dq, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["range_batch"])
 def band_backward_queries(
-    q, k, v, dout, stats, dq,
+    q, k, v, dout, stats, dq, strides,
     works, items, refs, ranges, entries, range_batch, group, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring. Grid and `works` as in `band_forward`; dq is never a descriptor."""
+    """See the module docstring. Grid, `works`, operands as in `band_forward`; dq no descriptor."""
+    q, k, v, dout = (q, strides[0]), (k, strides[1]), (v, strides[2]), (dout, strides[3])
+    stats, dq = (stats, strides[4]), (dq, strides[5])
     batch = tl.program_id(1)
     item, head, _, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)

@@ -115,7 +115,8 @@ class TritonBandKernel:
         _check_scale(scale)
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
         stats = statistics(lse, delta)
-        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device) // q.shape[0]
+        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device)
+        few //= max(1, q.shape[0])
         repeatable = self.deterministic
         part: Part = "keys_only" if repeatable else "keys"
         configs, operands = self._both(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
@@ -184,9 +185,12 @@ def _check_scale(scale: float) -> None:
 
 
 def statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """float32 (B, Hq, 2, T + MARGIN): lse in base 2, +inf for rows without keys, and delta."""
+    """float32 (B, Hq, 2, T + MARGIN): lse in base 2, +inf for rows without keys, and delta.
+
+    Strides are multiples of 16 whatever T is, so that one compiled kernel takes every length.
+    """
     batch, rows, heads = lse.shape
-    stats = lse.new_zeros((batch, heads, 2, rows + MARGIN), dtype=torch.float32)
+    stats = lse.new_zeros((batch, heads, 2, -(-rows // 16) * 16 + MARGIN), dtype=torch.float32)
     base_2 = (lse * math.log2(math.e)).masked_fill_(lse == NO_KEY, torch.inf)
     stats[:, :, 0, :rows] = base_2.transpose(1, 2)
     stats[:, :, 1, :rows] = delta.transpose(1, 2)

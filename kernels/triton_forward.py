@@ -56,18 +56,22 @@ def _attend(
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["range_batch"])
 def band_forward(
-    q, k, v, out, lse, works, items, refs, ranges, entries, range_batch, group, scale, softcap,
+    q, k, v, out, lse, strides,
+    works, items, refs, ranges, entries, range_batch, group, scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring. Grid (works, B); `works` rows: item, query head, _, first list.
 
-    q, k, v, out, lse: operands as in `triton_parts`; out and lse float32 and never descriptors.
+    q, k, v, out, lse: tensors of operands as in `triton_parts`, whose strides are in `strides`, in
+    this order; out and lse float32 and never descriptors.
     scale is positive.
     """
+    q, k, v = (q, strides[0]), (k, strides[1]), (v, strides[2])
+    out, lse = (out, strides[3]), (lse, strides[4])
     batch = tl.program_id(1)
     item, head, _, lists = load_work(works)
     row0, count = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)

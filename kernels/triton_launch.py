@@ -58,7 +58,8 @@ def call(
     config, q, v = work.config, operands[0], operands[2]
     blocks = OPERAND_BLOCKS[part]
     rows = max(config.rows, config.columns)
-    reach = max(rows * work.step * t.stride(1) for t in operands)
+    pairs = zip(operands, blocks, strict=True)
+    reach = max(rows * work.step * t.stride(1) for t, block in pairs if block != "stats")
     tma = config.tma and work.step == 1 and all(map(_describable, operands, blocks))
     constants = {
         "STEP": work.step,
@@ -81,6 +82,7 @@ def call(
         constants |= {"ADD_DQ": added, "SHARED": shared, "REDUCE": added and tma and _reduces()}
     arguments = (
         *(_operand(t, b, config, tma) for t, b in zip(operands, blocks, strict=True)),
+        tuple(map(_strides, operands)),
         *(work.works, work.items, work.refs, work.ranges, work.entries),
         *(work.range_batch, group, scale, softcap or 1.0),
     )
@@ -119,18 +121,30 @@ def _reduces() -> bool:
     return not interpreted()
 
 
-def _operand(tensor: torch.Tensor, block: str, config: BlockConfig, tma: bool) -> tuple[Any, ...]:
-    strides = tensor.stride()[:3]
+def _operand(tensor: torch.Tensor, block: str, config: BlockConfig, tma: bool) -> Any:
     if not tma or block not in DESCRIBED or (block == "added" and not _reduces()):
-        return (tensor, *strides)
+        return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     shape = [1, config.columns, 1, padded(tensor.shape[3])]
-    return (TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape), *strides)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of all dims but the last; 0 where there is one element.
+
+    Those are never used, but triton compiles anew where a stride becomes 1 or loses its factor 16.
+    """
+    dims = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    return tuple(stride if size > 1 else 0 for size, stride in dims)
 
 
 def _describable(tensor: torch.Tensor, block: str) -> bool:
+    """Whether TMA takes it; not where a dim repeats one place, as in an expanded gradient."""
     if block not in DESCRIBED:
         return True
+    dims = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    if any(size > 1 and stride == 0 for size, stride in dims):
+        return False
     strides = [n * tensor.element_size() for n in tensor.stride()[:3]]
     return tensor.data_ptr() % TMA_BYTES == 0 and not any(n % TMA_BYTES for n in strides)

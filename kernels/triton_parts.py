@@ -1,8 +1,9 @@
 """What the band kernel's programs share: loading rows, masks, scores.
 
-An operand is a tuple (tensor, strides of batch, row and head), the last dim having stride 1. For
+An operand is a pair (tensor, strides of batch, row and head), the last dim having stride 1. For
 loads with TMA, the tensor is a descriptor of blocks (1, rows, 1, padded dim); rows beyond what is
-asked for are then whatever lies in memory, and masks keep them out.
+asked for are then whatever lies in memory, and masks keep them out. Kernels take tensors and
+strides apart and pair them: the launcher finds no descriptor that lies in a tuple.
 """
 
 import triton
@@ -34,7 +35,8 @@ def rows_at(
     operand, batch, start, head, STEP: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr
 ):
     """Pointers (ROWS,) to element 0 of rows start, start + STEP, …"""
-    tensor, s_batch, s_row, s_head = operand
+    tensor, strides = operand
+    s_batch, s_row, s_head = strides
     base = tensor + tl.cast(batch, tl.int64) * s_batch + tl.cast(head, tl.int64) * s_head
     return base + tl.cast(start, tl.int64) * s_row + tl.arange(0, ROWS).to(OFFSET) * (STEP * s_row)
 
@@ -47,8 +49,7 @@ def load_rows(
 ):  # fmt: skip
     """Rows (ROWS, PADDED) from `start`; without TMA, those from `end` on are 0."""
     if TMA:
-        tensor, _, _, _ = operand
-        block = tensor.load([batch, start, tl.cast(head, tl.int32), 0])
+        block = operand[0].load([batch, start, tl.cast(head, tl.int32), 0])
         return tl.reshape(block, [ROWS, PADDED])
     else:
         dims = tl.arange(0, PADDED)
