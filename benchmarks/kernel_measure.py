@@ -32,6 +32,7 @@ from ringattn.workload import work_of
 FLUSH_BYTES = 256 << 20
 WARM_UPS, LEAST, MOST = 3, 5, 100  # repetitions before timing, and timed
 LONG = 10.0
+LOST = 3  # exit status of a command that lost the device's context; a new process can go on
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
 # Relative errors beyond which a result is wrong; of float32 with products in TF32.

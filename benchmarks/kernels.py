@@ -28,7 +28,7 @@ import torch
 from ringattn.benchmarks import kernel_cases, kernel_report, kernel_results
 from ringattn.benchmarks.kernel_cases import Case
 from ringattn.benchmarks.kernel_masks import NAMES
-from ringattn.benchmarks.kernel_measure import DIRECTIONS, Bench, Outcome
+from ringattn.benchmarks.kernel_measure import DIRECTIONS, LOST, Bench, Outcome
 from ringattn.benchmarks.record import Recorder
 from ringattn.errors import UserError
 from ringattn.kernels import kernel_by_name, kernel_names
@@ -174,7 +174,8 @@ def _measured(runner: Runner, case: Case, bench: Bench, kernel: str) -> str:
         # Such an error stays with the process: whatever is measured next would fail too.
         reason = f"the device's context is lost: {str(error).splitlines()[0]}"
         runner.give_up(case, kernel, "error", reason)
-        raise SystemExit(f"{case} with {kernel}: {reason}; run the command again") from None
+        print(f"{case} with {kernel}: {reason}; run the command again", file=sys.stderr)
+        raise SystemExit(LOST) from None
     return "  ".join(
         f"{o.direction} {o.tflops:.3g} ± {o.spread:.2g} {UNIT}"
         if o.status == "ok"

@@ -19,9 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ringattn.kernels.triton_band import MOST_DIM
+import torch
+
+from ringattn.kernels.triton_band import MARGIN, MOST_DIM
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
-from ringattn.kernels.triton_launch import DESCRIBED, OPERAND_BLOCKS, kernel, padded, precision
+from ringattn.kernels.triton_launch import call, kernel
+from ringattn.kernels.work_lists import WorkList
 
 SHARED_LIMIT = {"default": 101_376, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute
@@ -30,6 +33,7 @@ capabilities: 163 KiB and 227 KiB; "default" serves what has least, 99 KiB on sm
 PARTS: tuple[Part, ...] = ("forward", "keys", "keys_only", "queries")
 DIMS = (64, 128, 256)
 DTYPES = {2: "bf16", 4: "fp32"}
+ROWS, GROUP, CAP = 4096, 8, 30.0  # of the operands compiled for
 
 
 @dataclass(frozen=True)
@@ -71,99 +75,90 @@ def shipped(arch: str) -> Iterator[Variant]:
         if dim <= MOST_DIM[itemsize]:
             config = block_config(arch, part, dim, itemsize, softcap=softcap, listed=listed)
             plain = Variant(arch, part, (dim, dim), itemsize, config, softcap, listed)
-            yield plain
-            if part == "keys":
-                yield replace(plain, shared=True)
+            yield from variants(plain)
 
 
 def variants(plain: Variant) -> Iterator[Variant]:
-    """A variant with runs and with listed columns, and with shared rows where it may have them."""
+    """A variant, and with shared rows where it may have them."""
     yield plain
-    yield replace(plain, listed=True)
     if plain.part == "keys":
         yield replace(plain, shared=True)
 
 
 def compiled(variant: Variant) -> Resources:
-    """Compiles a variant for its architecture and reads the assembler's report."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
+    """Compiles a variant as a launch would, and reads the assembler's report.
 
-    function = kernel(variant.part)
-    names = function.arg_names
-    constants = _constants(variant, names)
-    signature = {name: _type(name, variant, index) for index, name in enumerate(names)}
-    signature |= dict.fromkeys(constants, "constexpr")
-    attrs = {
-        path: [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        for path in _aligned(index, signature[name])
-    }
-    source = ASTSource(
-        function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attrs,
-    )
-    target = GPUTarget("cuda", _capability(variant.arch), 32)
-    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
-    made = triton_compile(source, target=target, options=options)
+    The binary goes to Triton's cache, where a launch with such operands on such a device finds it.
+    """
+    from triton.runtime import driver
+
+    operands, work = _operands(variant), _work(variant)
+    arguments, constants = call(
+        variant.part, work, operands, GROUP, 1.0,
+        CAP if variant.softcap else None, shared=variant.shared,
+    )  # fmt: skip
+    driver.set_active(_Target(variant.arch))  # pyright: ignore[reportArgumentType]
+    try:
+        made = kernel(variant.part).warmup(*arguments, grid=(1, 1), **constants)
+    finally:
+        if torch.cuda.is_available():  # elsewhere there is none to go back to
+            driver.reset_active()
     registers, spilled, serialized = _assembled(made.asm["ptx"], variant.arch)
     trapped = re.search(r"^\s*trap;", made.asm["ptx"], re.MULTILINE) is not None
     return Resources(registers, made.metadata.shared, spilled, serialized, trapped)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Stands for a device of an architecture in Triton's runtime, which compiles but cannot launch.
+
+    Triton keeps what it compiled by device; the architecture's name is one that no device has.
+    """
+
+    arch: str
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", _capability(self.arch), 32)
+
+
+def _operands(variant: Variant) -> tuple[torch.Tensor, ...]:
+    """Operands without memory. Their sizes, past being multiples of 16, do not matter."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[variant.itemsize]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, dout = (empty(1, ROWS, 2 * GROUP, d, dtype=dtype) for d in variant.head_dim)
+    k, v = (empty(1, ROWS, 2, d, dtype=dtype) for d in variant.head_dim)
+    if variant.part == "forward":
+        return q, k, v, empty(*dout.shape), empty(1, ROWS, 2 * GROUP)
+    grads = tuple(empty(*x.shape) for x in (q, k, v))
+    made = (q, k, v, dout, empty(1, 2 * GROUP, 2, ROWS + MARGIN), *grads)
+    return made[:6] if variant.part == "queries" else made
+
+
+def _work(variant: Variant) -> WorkList:
+    """A work list without memory."""
+
+    def table(columns: int) -> torch.Tensor:
+        return torch.empty(1, columns, dtype=torch.int32, device="meta")
+
+    return WorkList(
+        config=variant.config, step=variant.step, listed=variant.listed, works=table(4),
+        items=table(4), refs=table(6), ranges=table(2), entries=table(3),
+    )  # fmt: skip
+
+
 def _capability(arch: str) -> int:
     return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 80
-
-
-def _constants(variant: Variant, names: list[str]) -> dict[str, Any]:
-    from triton import language as tl
-
-    dim, value_dim = variant.head_dim
-    values = {
-        "STEP": variant.step,
-        "D": dim,
-        "E": value_dim,
-        "BD": padded(dim),
-        "BE": padded(value_dim),
-        "ROWS": variant.config.rows,
-        "COLUMNS": variant.config.columns,
-        "LISTED": variant.listed,
-        "SOFTCAP": variant.softcap,
-        "ADD_DQ": variant.part == "keys",
-        "SHARED": variant.shared,
-        "PRECISION": precision(variant.itemsize),
-        "OFFSET": tl.int32,
-        "TMA": variant.config.tma,
-        "REDUCE": variant.config.tma and variant.part == "keys",
-    }
-    return {name: value for name, value in values.items() if name in names}
-
-
-def _type(name: str, variant: Variant, index: int) -> Any:
-    """A parameter's type as triton writes it: operands' tensors, then the strides of them all."""
-    blocks = OPERAND_BLOCKS[variant.part]
-    if name == "strides":
-        return (("i32", "i32", "i32"),) * len(blocks)
-    if index < len(blocks):
-        data = DTYPES[variant.itemsize] if name in ("q", "k", "v", "dout") else "fp32"
-        tensor = f"*{data}"
-        if variant.config.tma and blocks[index] in DESCRIBED:
-            dim = padded(variant.head_dim[name in ("v", "dout")])
-            tensor = f"tensordesc<{data}[1, {variant.config.columns}, 1, {dim}]>"
-        return tensor
-    tables = dict.fromkeys(("works", "items", "refs", "ranges", "entries"), "*i32")
-    return (tables | {"scale": "fp32", "softcap": "fp32"}).get(name, "i32")
-
-
-def _aligned(index: int, kind: Any) -> Iterator[tuple[int, ...]]:
-    """Where a parameter's pointers and strides are, all multiples of 16."""
-    if isinstance(kind, tuple):
-        yield from ((index, n, m) for n, part in enumerate(kind) for m in range(len(part)))
-    elif kind[0] == "*":
-        yield (index,)
 
 
 def _assembled(ptx: str, arch: str) -> tuple[int, int, bool]:
@@ -198,7 +193,7 @@ def problem(variant: Variant, used: Resources) -> str:
         return "does not fit into tensor memory"
     if used.serialized:
         return "matrix instructions serialized"
-    limit = SHARED_LIMIT[variant.arch]
+    limit = SHARED_LIMIT.get(variant.arch, SHARED_LIMIT["default"])
     return f"{used.shared} bytes of shared memory, limit {limit}" if used.shared > limit else ""
 
 

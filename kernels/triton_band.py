@@ -114,11 +114,9 @@ class TritonBandKernel:
         """See `Kernel.backward`."""
         _check_scale(scale)
         dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
-        stats = _statistics(lse, delta)
-        group, few = (
-            q.shape[2] // k.shape[2],
-            FEW_PROGRAMS * _processors(q.device) // max(1, q.shape[0]),
-        )
+        stats = statistics(lse, delta)
+        group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device)
+        few //= max(1, q.shape[0])
         repeatable = self.deterministic
         part: Part = "keys_only" if repeatable else "keys"
         configs, operands = self._both(part, q, v, softcap), (q, k, v, dout, stats, dq, dk, dv)
@@ -186,7 +184,7 @@ def _check_scale(scale: float) -> None:
         )
 
 
-def _statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """float32 (B, Hq, 2, T + MARGIN): lse in base 2, +inf for rows without keys, and delta.
 
     Strides are multiples of 16 whatever T is, so that one compiled kernel takes every length.
@@ -210,7 +208,8 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

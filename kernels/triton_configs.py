@@ -6,6 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+SHIPPED, LISTED = "triton_configs.json", "-listed"
 Part = Literal["forward", "keys", "keys_only", "queries"]
 """Which kernel: `keys` adds to dk, dv and dq, `keys_only` not to dq, which is left to `queries`."""
 
@@ -39,15 +40,20 @@ def block_config(
     """
     table = _table()
     of_arch = table.get(arch, table["default"])
-    name = part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
+    name = config_name(part, itemsize, softcap=softcap)
     fitting = str(min(int(dim) for dim in of_arch[name] if int(dim) >= head_dim))
     found = of_arch[name][fitting]
     if listed:
-        found = of_arch.get(f"{name}-listed", {}).get(fitting, found)
+        found = of_arch.get(name + LISTED, {}).get(fitting, found)
     rows, columns, warps, stages, *tma = found
     return BlockConfig(rows, columns, warps, stages, bool(tma))
 
 
+def config_name(part: Part, itemsize: int, *, softcap: bool) -> str:
+    """The table's name of a kernel: both 16-bit dtypes share one."""
+    return part + ("-softcap" if softcap else "") + ("-fp32" if itemsize == 4 else "")
+
+
 @cache
 def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
-    return json.loads(files("ringattn.kernels").joinpath("triton_configs.json").read_text())
+    return json.loads(files("ringattn.kernels").joinpath(SHIPPED).read_text())

@@ -36,6 +36,23 @@ def launch(
 
     shared: several programs add to the same rows of dk and dv.
     """
+    q = operands[0]
+    arguments, constants = call(part, work, operands, group, scale, softcap, shared=shared)
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        kernel(part)[len(work.works), q.shape[0]](*arguments, **constants)
+
+
+def call(
+    part: Part,
+    work: WorkList,
+    operands: tuple[torch.Tensor, ...],
+    group: int,
+    scale: float,
+    softcap: float | None,
+    *,
+    shared: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `launch` passes to the kernel: (arguments, constants and options)."""
     from triton import language as tl
 
     config, q, v = work.config, operands[0], operands[2]
@@ -44,35 +61,32 @@ def launch(
     pairs = zip(operands, blocks, strict=True)
     reach = max(rows * work.step * t.stride(1) for t, block in pairs if block != "stats")
     tma = config.tma and work.step == 1 and all(map(_describable, operands, blocks))
-    constants = {}
+    constants = {
+        "STEP": work.step,
+        "D": q.shape[3],
+        "E": v.shape[3],
+        "BD": padded(q.shape[3]),
+        "BE": padded(v.shape[3]),
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "LISTED": work.listed,
+        "SOFTCAP": bool(softcap),
+        "PRECISION": "upcast" if interpreted() else precision(q.element_size()),
+        "OFFSET": tl.int64 if reach >= 1 << 31 else tl.int32,
+        "TMA": tma,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
     if part in ("keys", "keys_only"):
         added = part == "keys"
-        constants = {"ADD_DQ": added, "SHARED": shared, "REDUCE": added and tma and _reduces()}
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        kernel(part)[len(work.works), q.shape[0]](
-            *(_operand(t, b, config, tma) for t, b in zip(operands, blocks, strict=True)),
-            tuple(map(_strides, operands)),
-            *(work.works, work.items, work.refs, work.ranges, work.entries),
-            work.range_batch,
-            group,
-            scale,
-            softcap or 1.0,
-            STEP=work.step,
-            D=q.shape[3],
-            E=v.shape[3],
-            BD=padded(q.shape[3]),
-            BE=padded(v.shape[3]),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            LISTED=work.listed,
-            SOFTCAP=bool(softcap),
-            PRECISION="upcast" if interpreted() else precision(q.element_size()),
-            OFFSET=tl.int64 if reach >= 1 << 31 else tl.int32,
-            TMA=tma,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **constants,
-        )
+        constants |= {"ADD_DQ": added, "SHARED": shared, "REDUCE": added and tma and _reduces()}
+    arguments = (
+        *(_operand(t, b, config, tma) for t, b in zip(operands, blocks, strict=True)),
+        tuple(map(_strides, operands)),
+        *(work.works, work.items, work.refs, work.ranges, work.entries),
+        *(work.range_batch, group, scale, softcap or 1.0),
+    )
+    return arguments, constants
 
 
 def kernel(part: Part) -> Any:
