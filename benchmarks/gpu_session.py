@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from ringattn.benchmarks.kernel_measure import LOST
-from ringattn.benchmarks.record import read_records
+from ringattn.benchmarks.record import read_records, refused
 from ringattn.benchmarks.session_process import ended, run_to_end
 from ringattn.errors import UserError
 from ringattn.kernels import kernel_names
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         rule = "a GPU session needs a CUDA device"
-        sys.exit(str(UserError("device=cpu", rule, "run the commands of its stages by themselves")))
+        refused(UserError("device=cpu", rule, "use a machine with one"))
     names = [name for name in SHARES if name in args.stages]
     sys.exit(any(o.reason for o in run(names, args.minutes, Path(args.out))))
 

@@ -29,7 +29,7 @@ from ringattn.benchmarks import kernel_cases, kernel_report, kernel_results
 from ringattn.benchmarks.kernel_cases import Case
 from ringattn.benchmarks.kernel_masks import NAMES
 from ringattn.benchmarks.kernel_measure import DIRECTIONS, LOST, Bench, Outcome
-from ringattn.benchmarks.record import Recorder
+from ringattn.benchmarks.record import Recorder, refused
 from ringattn.errors import UserError
 from ringattn.kernels import kernel_by_name, kernel_names
 from ringattn.kernels.measured import SHIPPED, Table, architecture_of
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(args)
     except UserError as error:
-        sys.exit(str(error))
+        refused(error)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ import ringattn as ra
 from ringattn.benchmarks.cpu_cost import corpus_lengths
 from ringattn.benchmarks.one_rank_price import Prediction
 from ringattn.benchmarks.one_rank_run import Played, Player, idle_pace, make_carrier
-from ringattn.benchmarks.record import Record, Recorder, read_records
+from ringattn.benchmarks.record import Record, Recorder, read_records, refused
 from ringattn.cost import Cluster, load_cluster, price_pair
 from ringattn.errors import UserError
 from ringattn.parallel.paced import Carrier
@@ -247,7 +247,10 @@ def main() -> None:
     setting = replace(
         base, cluster=args.cluster, ranks=args.ranks, tokens=args.tokens, mask=args.mask
     )
-    run(setting, args.plans, args.roles, args.seconds, Path(args.out))
+    try:
+        run(setting, args.plans, args.roles, args.seconds, Path(args.out))
+    except UserError as error:
+        refused(error)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -185,6 +186,12 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         except UserError as error:
             raise UserError(f"{path.name}:{number}: {error.what}", error.rule, error.fix) from None
     return records
+
+
+def refused(error: UserError) -> NoReturn:
+    """Ends a command with the error's one line and exit code 2, that of a user's mistake."""
+    print(error, file=sys.stderr)
+    sys.exit(2)
 
 
 def hardware() -> dict[str, Any]:

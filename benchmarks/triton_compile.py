@@ -23,7 +23,7 @@ import torch
 
 from ringattn.kernels.triton_band import MARGIN, MOST_DIM
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
-from ringattn.kernels.triton_launch import call, kernel
+from ringattn.kernels.triton_launch import call, interpreted, kernel
 from ringattn.kernels.work_lists import WorkList
 
 SHARED_LIMIT = {"default": 101_376, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
@@ -214,11 +214,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the band kernel without a GPU.")
     parser.add_argument("archs", nargs="*", default=list(SHARED_LIMIT), help="as in the table")
     parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS), choices=DIMS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES.values()))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=list(DTYPES.values()), choices=DTYPES.values(),
+        help="bf16 stands for fp16 too",
+    )  # fmt: skip
     asked = parser.parse_args(arguments)
     unknown = set(asked.archs) - set(SHARED_LIMIT)
     if unknown:
         parser.error(f"unknown {sorted(unknown)}: use some of {', '.join(SHARED_LIMIT)}")
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set: triton interprets instead of compiling; unset it")
     bad = count = 0
     for arch in asked.archs:
         for variant in shipped(arch):
@@ -231,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
             count += 1
             bad += bool(problem(variant, used))
             print(describe(variant, used), flush=True)
+    if not count:
+        parser.error(f"fp32 head dims go up to {MOST_DIM[4]}: ask for smaller --dims")
     print(f"{bad} of {count} configurations may not ship" if bad else f"all {count} fit, no spills")
     return int(bad > 0)
 

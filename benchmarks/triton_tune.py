@@ -17,7 +17,6 @@ The table with the best so far is written beside the records, and over the shipp
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 
 from ringattn.benchmarks.kernel_measure import LOST
+from ringattn.benchmarks.record import refused
 from ringattn.benchmarks.triton_compile import PARTS, Resources, Variant, compiled
 from ringattn.benchmarks.tune_cases import (
     DIMS,
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(args)
     except UserError as error:
-        sys.exit(str(error))
+        refused(error)
 
 
 def _run(args: argparse.Namespace) -> None:

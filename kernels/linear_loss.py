@@ -17,6 +17,7 @@ cents; adds up a 16-bit weight gradient in 16 bits; computes tokens that do not 
 neither softcap nor autocast. `benchmarks/linear_loss.py` measures both.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -102,18 +103,19 @@ def _check(hidden, weight, labels, bias, softcap, counted, rows) -> None:
     floating = [x for x in (hidden, weight, bias) if x is not None]
     if labels.dtype != torch.int64 or not all(x.dtype.is_floating_point for x in floating):
         raise UserError(
-            f"labels {labels.dtype}, hidden {hidden.dtype}, weight {weight.dtype}",
+            f"labels {labels.dtype}, hidden, weight and bias {[x.dtype for x in floating]}",
             "labels are int64 and the others floating point",
             "convert them",
         )
     if any(x.device != hidden.device for x in (labels, *floating)):
         raise UserError(
-            f"hidden on {hidden.device}, weight on {weight.device}, labels on {labels.device}",
+            f"labels on {labels.device}, hidden, weight and bias on "
+            f"{[str(x.device) for x in floating]}",
             "all tensors lie on one device",
             "move them",
         )
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap={softcap}", "must be positive", "pass None for no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"softcap={softcap}", "must be positive and finite", "pass None for no cap")
     if counted is not None and not 0 <= counted <= len(labels):
         raise UserError(
             f"counted={counted}", f"must be between 0 and {len(labels)} labels", "pass None"

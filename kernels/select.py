@@ -136,9 +136,10 @@ def choose_kernels(
         if reason is None:
             usable.append(kernel)
         else:
-            reasons.append(f"{candidate}: {reason}")
+            reasons.append(f"{candidate}: {reason}" if name == "auto" else reason)
     if not usable:
-        raise UserError(f"kernel={name}", "; ".join(reasons), "use kernel=auto or another dtype")
+        fix = "use another dtype" if name == "auto" else "use kernel=auto"
+        raise UserError(f"kernel={name}", "; ".join(reasons), fix)
     return tuple(usable)
 
 

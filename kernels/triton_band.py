@@ -15,6 +15,7 @@ import torch
 from ringattn.errors import UserError
 from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
+from ringattn.kernels.gpu_limits import capability
 from ringattn.kernels.merge import NO_KEY
 from ringattn.kernels.routed_lists import routed_work
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
@@ -22,6 +23,7 @@ from ringattn.kernels.triton_launch import interpreted, launch
 from ringattn.kernels.triton_tiles import Configs, TritonTiles
 from ringattn.kernels.work_lists import WorkList
 
+OLDEST = (8, 0)
 MOST_DIM = {2: 256, 4: 128}
 """By bytes of an element. Wider float32 rows do not fit into registers as three tf32 products."""
 
@@ -62,7 +64,9 @@ class TritonBandKernel:
         if find_spec("triton") is None:
             return "triton is not installed"
         if device != "cuda" and not (device == "cpu" and interpreted()):
-            return f"device {device} is not a CUDA device"
+            return f"device {device} is not a CUDA GPU"
+        if device == "cuda" and torch.cuda.is_available() and capability() < OLDEST:
+            return f"compute capability {capability()} is below {OLDEST}"
         return None
 
     def prepare(

@@ -1,5 +1,6 @@
 """Checks of what a caller passes: one line each, before any work starts."""
 
+import math
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -214,9 +215,17 @@ def layout_world(layout: str | Layout, world: int) -> None:
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raises UserError unless the cap is None or positive."""
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap={softcap}", "must be positive", "pass None for no cap")
+    """Raises UserError unless the cap is None or positive and finite."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"softcap={softcap}", "must be positive and finite", "pass None for no cap")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raises UserError unless the scale is None or a finite number other than 0."""
+    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+        raise UserError(
+            f"scale={scale}", "must be finite and not 0", "pass None for 1 / sqrt(head dim)"
+        )
 
 
 def check_tensors(

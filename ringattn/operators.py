@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ringattn.checks import check_blocks, check_softcap, is_plan, is_routed
+from ringattn.checks import check_blocks, check_scale, check_softcap, is_plan, is_routed
 from ringattn.errors import UserError
 from ringattn.routing import selection_shape
 
@@ -62,7 +62,7 @@ def attention(
         q: (B, T, Hq, D), this rank's tokens in layout order (`plan.shard`).
         k, v: (B, T, Hkv, D) and (B, T, Hkv, E). Hq is a multiple of Hkv.
         plan: from `ContextParallel.plan`.
-        scale: multiplies the logits; 1 / sqrt(D) by default.
+        scale: multiplies the logits; finite, not 0; 1 / sqrt(D) by default.
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: (Hq,) learned logits that join every row's denominator.
         blocks: for a plan of a routed mask, the selected blocks of `route`, equal on all ranks;
@@ -76,6 +76,7 @@ def attention(
         UserError: shapes, dtype or device do not fit the plan.
         CommunicationError: a move failed or timed out; names rank, step and move.
     """
+    check_scale(scale)
     check_softcap(softcap)
     if dropout:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ringattn.arena import Arena
-from ringattn.checks import check_softcap, check_tensors
+from ringattn.checks import check_scale, check_softcap, check_tensors
 from ringattn.errors import UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.parallel.fabric import LocalFabric
@@ -48,6 +48,7 @@ def simulate(
         scale, softcap, sinks: as in `attention`.
     """
     _check(plan, q, k, v, sinks, dout)
+    check_scale(scale)
     check_softcap(softcap)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])

@@ -83,8 +83,10 @@ def test_errors_in_records_fail_a_stage(tmp_path: Path) -> None:
     assert errors_in(path) == "1 of 3 are errors: c: wrong result"
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(SystemExit, match="device=cpu: a GPU session needs a CUDA device"):
+    with pytest.raises(SystemExit) as ended:
         gpu_session.main([])
+    assert ended.value.code == 2
+    assert "device=cpu: a GPU session needs a CUDA device" in capsys.readouterr().err

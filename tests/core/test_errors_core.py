@@ -202,16 +202,21 @@ def _bad_calls(rank: int, world: int, group: dist.ProcessGroup) -> list[tuple[st
     own = S // world
     good = {"q": torch.zeros(1, own, 4, 8), "k": torch.zeros(1, own, 1, 8)}
 
-    def attend(softcap: float | None = None, **changes: torch.Tensor) -> torch.Tensor:
+    def attend(
+        softcap: float | None = None, scale: float | None = None, **changes: torch.Tensor
+    ) -> torch.Tensor:
         x = good | {"v": good["k"]} | changes
         sinks = x.pop("sinks", None)
-        return ra.attention(x["q"], x["k"], x["v"], plan, softcap=softcap, sinks=sinks)
+        return ra.attention(x["q"], x["k"], x["v"], plan, scale=scale, softcap=softcap, sinks=sinks)
 
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "cp"))
     calls: list[tuple[str, Callable[[], Any]]] = [
         ("(1, 64, 4, 8)", lambda: attend(q=torch.zeros(1, S, 4, 8))),
         ("torch.float64", lambda: attend(k=good["k"].double())),
         ("softcap=-1.0", lambda: attend(softcap=-1.0)),
+        ("softcap=inf", lambda: attend(softcap=float("inf"))),
+        ("scale=0.0", lambda: attend(scale=0.0)),
+        ("scale=nan", lambda: attend(scale=float("nan"))),
         ("(4, 1)", lambda: attend(sinks=torch.zeros(4, 1))),
         ("64 tokens", lambda: plan.unshard(torch.zeros(1, S, 4))),
         ("('dp', 'cp')", lambda: _context(mesh)),
@@ -234,7 +239,7 @@ def _bad_calls(rank: int, world: int, group: dist.ProcessGroup) -> list[tuple[st
 
 def test_bad_calls_are_refused_on_one_rank_without_the_others() -> None:
     messages = run_ranks(2, _bad_calls)[0]
-    assert len(messages) == 8
+    assert len(messages) == 11
     for value, message in messages:
         assert value in message
         assert "\n" not in message

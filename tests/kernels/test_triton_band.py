@@ -162,7 +162,7 @@ def test_a_wrong_edge_is_noticed(
         ({"dtype": torch.float64}, "dtype torch.float64 is none of"),
         ({"head_dim": (320, 64)}, "are not between 1 and 256"),
         ({"head_dim": (192, 128), "dtype": torch.float32}, "are not between 1 and 128"),
-        ({"device": "xpu"}, "is not a CUDA device"),
+        ({"device": "xpu"}, "is not a CUDA GPU"),
     ],
 )
 def test_refusals(inputs: dict, reason: str) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ringattn.benchmarks.triton_compile import PARTS, Resources, Variant, problem, shipped
+from ringattn.benchmarks.triton_compile import PARTS, Resources, Variant, main, problem, shipped
 from ringattn.kernels.triton_configs import BlockConfig
 
 VARIANT = Variant("sm_90", "forward", (128, 128), 2, BlockConfig(128, 128, 8, 2, True))
@@ -53,6 +53,23 @@ def test_everything_shipped(arch: str) -> None:
 def test_what_may_not_ship(used: Resources, reason: str) -> None:
     assert reason in problem(VARIANT, used)
     assert bool(reason) == bool(problem(VARIANT, used))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["sm_90", "--dims", "128"], "TRITON_INTERPRET is set"),
+        (["sm_90", "--dtypes", "fp64"], "invalid choice"),
+        (["sm_1"], "unknown"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_all_kernels_of_an_architecture_are_looked_at() -> None:
