@@ -42,7 +42,7 @@ BANDS = {
     "short runs": [
         (0, 4, r, r + 16, c, c + 8, -OPEN, OPEN, 1) for r in (0, 16, 32) for c in (0, 16, 24, 40)
     ],
-    "far rows": [(0, 4, 1, 4200, 3, 4200, -OPEN, OPEN, 2099)],
+    "far rows": [(0, 4, 1, 640, 3, 640, -OPEN, OPEN, 311)],
 }
 
 
