@@ -15,7 +15,14 @@ import torch
 from ringattn.kernels.block_matrix import BlockTiles, Selection, Span, spans
 from ringattn.kernels.triton_configs import BlockConfig
 from ringattn.kernels.work_items import LIMIT, Items
-from ringattn.kernels.work_lists import Heads, WorkList, head_groups, ordered_works, single_heads
+from ringattn.kernels.work_lists import (
+    Heads,
+    WorkList,
+    head_groups,
+    on_device,
+    ordered_works,
+    single_heads,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +53,7 @@ class RoutedItems:
         """The tables on a device."""
         if device not in self.placed:
             tables = (self.items.items, self.items.refs, self.block, self.tile, self.spans)
-            self.placed[device] = _Placed(*(_copied(table, device) for table in tables))
+            self.placed[device] = _Placed(*(on_device(table, device) for table in tables))
         return self.placed[device]
 
 
@@ -59,10 +66,6 @@ class _Placed:
     block: torch.Tensor
     tile: torch.Tensor
     spans: torch.Tensor
-
-
-def _copied(table: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 
 def routed_items(tiles: BlockTiles, row_block: int, *, by_queries: bool) -> list[RoutedItems]:
@@ -216,7 +219,7 @@ def routed_work(
     if key not in routed.placed:
         share = selection.q_heads // selection.blocks.shape[1]
         rounds, shared = _rounds(routed, share, group, deterministic=deterministic)
-        routed.placed[key] = [_copied(mine, device) for mine in rounds], shared
+        routed.placed[key] = [on_device(mine, device) for mine in rounds], shared
     rounds, shared = routed.placed[key]
     return [
         (

@@ -46,7 +46,7 @@ def _key_block(
     grads, k, v, q, dout, dq, stats, at, refs, ref, masked, row, row_end, start, end,
     scale, softcap,
     STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr,
+    COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DQ: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, TMA: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradients of one block of query rows [start, end) to (dk, dv), and dq in memory."""
@@ -118,7 +118,7 @@ def band_backward_keys(
                 grads = _key_block(
                     grads, keys, values, q, dout, dq, stats, at, refs, ref,
                     ref >= 0, row, row_end, start, end, scale, softcap,
-                    STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                    STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
                     REDUCE,
                 )  # fmt: skip
         else:
@@ -129,7 +129,7 @@ def band_backward_keys(
                     grads = _key_block(
                         grads, keys, values, q, dout, dq, stats, at, refs, ref,
                         masked, row, row_end, start, end, scale, softcap,
-                        STEP, D, E, BD, BE, ROWS, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
+                        STEP, D, E, BD, BE, COLUMNS, SOFTCAP, ADD_DQ, PRECISION, OFFSET, TMA,
                         REDUCE,
                     )  # fmt: skip
     dk_rows, dv_rows = grads[0] * scale, grads[1]

@@ -15,7 +15,9 @@ import torch
 from ringattn.errors import UserError
 from ringattn.kernels.block_bands import block_bands, routed_tiles
 from ringattn.kernels.block_matrix import BlockTiles, Selection
+from ringattn.kernels.cpu_views import unit_stride
 from ringattn.kernels.gpu_limits import capability
+from ringattn.kernels.measured import architecture_of
 from ringattn.kernels.merge import NO_KEY
 from ringattn.kernels.routed_lists import routed_work
 from ringattn.kernels.triton_configs import BlockConfig, Part, block_config
@@ -93,7 +95,7 @@ class TritonBandKernel:
         """See `Kernel.forward`."""
         _check_scale(scale)
         # The maximum is taken of products that are not scaled yet, so their scale is positive.
-        q, k, v, scale = (*(_unit_stride(x) for x in (-q if scale < 0 else q, k, v)), abs(scale))
+        q, k, v, scale = (*(unit_stride(x) for x in (-q if scale < 0 else q, k, v)), abs(scale))
         configs, group = self._both("forward", q, v, softcap), q.shape[2] // k.shape[2]
         for work in self._query_lists(prepared, configs, group, selection):
             launch("forward", work, (q, k, v, out, lse), group, scale, softcap)
@@ -117,7 +119,7 @@ class TritonBandKernel:
     ) -> None:
         """See `Kernel.backward`."""
         _check_scale(scale)
-        dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
+        dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
         stats = statistics(lse, delta)
         group, few = q.shape[2] // k.shape[2], FEW_PROGRAMS * processors(q.device)
         few //= max(1, q.shape[0])
@@ -143,7 +145,7 @@ class TritonBandKernel:
         """Block sizes for columns in runs, and listed."""
         if self._configs is not None:
             return self._configs[part], self._configs[part]
-        arch, dim = _architecture(q.device), max(q.shape[3], v.shape[3])
+        arch, dim = architecture_of(q.device), max(q.shape[3], v.shape[3])
         runs, listed = (
             block_config(arch, part, dim, q.element_size(), softcap=bool(softcap), listed=listed)
             for listed in (False, True)
@@ -199,17 +201,6 @@ def statistics(lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     stats[:, :, 0, :rows] = base_2.transpose(1, 2)
     stats[:, :, 1, :rows] = delta.transpose(1, 2)
     return stats
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def processors(device: torch.device) -> int:

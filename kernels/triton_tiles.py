@@ -10,7 +10,7 @@ import torch
 from ringattn.kernels.block_matrix import BlockTiles
 from ringattn.kernels.routed_lists import RoutedItems, routed_items
 from ringattn.kernels.triton_configs import BlockConfig
-from ringattn.kernels.work_items import Items, build_items, head_segments, transposed
+from ringattn.kernels.work_items import Items, by_step, head_segments, step_items, transposed
 from ringattn.kernels.work_lists import (
     WorkList,
     are_short,
@@ -86,11 +86,10 @@ class TritonTiles:
 
 def _items(tiles: np.ndarray, configs: Configs) -> Iterator[tuple[Items, BlockConfig, bool]]:
     """The items of each launch, their block sizes, and whether their columns are listed."""
-    for step in np.unique(tiles["step"]):
-        mine = tiles[tiles["step"] == step]
-        runs, listed = configs
-        (items,) = build_items(mine, runs.rows, runs.columns)
+    runs, listed = configs
+    for mine in by_step(tiles):
+        items = step_items(mine, runs.rows, runs.columns)
         short = are_short(items)
         if short and listed != runs:
-            (items,) = build_items(mine, listed.rows, listed.columns)
+            items = step_items(mine, listed.rows, listed.columns)
         yield items, listed if short else runs, short

@@ -44,19 +44,20 @@ def transposed(tiles: np.ndarray) -> np.ndarray:
     return result
 
 
-def build_items(tiles: np.ndarray, row_block: int, column_block: int) -> list[Items]:
-    """The items of each launch; rows in blocks of `row_block`, in no particular order.
+def by_step(tiles: np.ndarray) -> list[np.ndarray]:
+    """The tiles of each step: each a launch of its own."""
+    return [tiles[tiles["step"] == step] for step in np.unique(tiles["step"])]
+
+
+def step_items(tiles: np.ndarray, row_block: int, column_block: int) -> Items:
+    """The items of one launch; rows in blocks of `row_block`, in no particular order.
 
     Args:
-        tiles: dtype `TILE`.
+        tiles: dtype `TILE`, of one step.
         row_block: most rows of an item. column_block: columns visited at once.
     """
-    launches = []
-    for step in np.unique(tiles["step"]).tolist():
-        mine = tiles[tiles["step"] == step]
-        parts = [_segment_items(part, row_block, column_block) for part in head_segments(mine)]
-        launches.append(_joined(parts, step))
-    return launches
+    parts = [_segment_items(part, row_block, column_block) for part in head_segments(tiles)]
+    return _joined(parts, int(tiles["step"][0]))
 
 
 def head_segments(tiles: np.ndarray) -> Iterator[np.ndarray]:

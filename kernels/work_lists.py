@@ -84,16 +84,17 @@ def work_list(
     return WorkList(
         config=config,
         step=items.step,
-        works=_on(works, device),
-        items=_on(items.items, device),
-        refs=_on(items.refs, device),
-        ranges=_on(ranges, device),
-        entries=_on(entries, device),
+        works=on_device(works, device),
+        items=on_device(items.items, device),
+        refs=on_device(items.refs, device),
+        ranges=on_device(ranges, device),
+        entries=on_device(entries, device),
         listed=listed,
     )
 
 
-def _on(table: np.ndarray, device: torch.device) -> torch.Tensor:
+def on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A table as a tensor; the host waits for its copy."""
     return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 

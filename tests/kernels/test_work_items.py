@@ -5,11 +5,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from ringattn.kernels.work_items import Items, build_items, column_visits, transposed
+from ringattn.kernels.work_items import Items, by_step, column_visits, step_items, transposed
 from ringattn.kernels.work_lists import head_groups, ordered_works, single_heads, written_out
 from tests.kernels.problems import OPEN, dense_mask, random_tiles, tile_table
 
 HEADS, ROWS, KEYS = 4, 150, 170
+
+
+def build_items(tiles: np.ndarray, row_block: int, column_block: int) -> list[Items]:
+    """The items of every launch of a tile list."""
+    return [step_items(part, row_block, column_block) for part in by_step(tiles)]
 
 
 def _visits(
