@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || { $(call check_python) && $(call make_venv); }
 	@echo "installing into $(VENV) (a minute or a few, the first time)"
 	@$(PIP) -c constraints.txt $(TORCH) setuptools
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev,triton]'
+	@DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev,triton]'
 	@touch $@
 
 define check_python

@@ -50,9 +50,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The model: a named size; what is not null overrides a part of it."""
+    """The model: a named size or a Hugging Face folder; what is not null overrides a part of it.
+
+    Attributes:
+        hf: folder of a Hugging Face checkpoint (Llama, Qwen, Mistral): its config.json gives the
+            shape in place of `size`, its safetensors files the first weights.
+        window: sliding-window layers attend so many tokens, themselves included; null for none.
+        full_every: with a window, every so-manieth layer attends its whole document; 0 for none.
+        rope_scaling: "none", "linear", "ntk", "yarn" or "llama3"; null as in the size.
+        rope_factor: how many times the original context the rotary embedding is stretched to.
+        rope_original_seq_len: context before the stretching.
+    """
 
     size: str = "debug"
+    hf: str | None = None
     layers: int | None = None
     dim: int | None = None
     heads: int | None = None
@@ -61,14 +72,57 @@ class ModelSection:
     ffn_dim: int | None = None
     rope_theta: float | None = None
     tie_embeddings: bool | None = None
+    window: int | None = None
+    full_every: int | None = None
+    rope_scaling: str | None = None
+    rope_factor: float | None = None
+    rope_original_seq_len: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The device mesh: dp replicas, each of cp ranks that share every sequence."""
+    """The device mesh, and how parameters are spread over it.
+
+    Attributes:
+        cp: ranks that share every sequence. dp: groups of cp ranks, each with its own sequences.
+        engine: "ddp" keeps the whole model on every rank; "fsdp" shards it over all dp × cp ranks
+            with PyTorch's `fully_shard`; "deepspeed" with DeepSpeed ZeRO.
+        zero_stage: of deepspeed: 1 shards the optimizer, 2 gradients too, 3 parameters too.
+        reshard: of fsdp: layers give up gathered parameters after the forward, and gather them
+            again for the backward.
+        offload: "optimizer" keeps optimizer states in host memory and updates there (deepspeed),
+            "parameters" keeps sharded parameters there too (fsdp, deepspeed with zero_stage 3).
+        min_cp: packs may run on fewer ranks, down to so many, where that is predicted to be faster
+            (needs attention.cluster); null runs every pack on cp ranks.
+    """
 
     cp: int = 1
     dp: int = 1
+    engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    zero_stage: int = 3
+    reshard: bool = True
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    min_cp: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What is kept from forward to backward, and where.
+
+    Attributes:
+        checkpointing: "none" keeps all activations; "full" keeps each layer's input and computes
+            the rest again, attention included; "attention" keeps attention outputs too, so that no
+            attention runs twice; "sequence" keeps those of the rows that are costly to compute,
+            and computes the cheap rows again.
+        recompute: of "sequence": share of the attention forward that may be computed again.
+        offload: what checkpointing keeps waits in host memory.
+        token_tile: norms, projections and MLPs work on so many tokens at a time; null: on all.
+    """
+
+    checkpointing: Literal["none", "full", "attention", "sequence"] = "none"
+    recompute: float = 0.25
+    offload: bool = False
+    token_tile: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +169,7 @@ class TrainConfig:
         eval_every: steps between evaluations on the held-out split; 0 evaluates at the end only.
         eval_packs: held-out sequences per evaluation.
         log_every: steps between progress lines where stderr is not a terminal.
+        compile: compile the parts of each layer around attention with `torch.compile`.
         profile: "START:STOP" traces the steps START <= step < STOP.
     """
 
@@ -133,6 +188,7 @@ class TrainConfig:
     eval_packs: int = 8
     log_every: int = 10
     profile: str | None = None
+    compile: bool = False
 
     @property
     def profile_steps(self) -> range:
@@ -169,6 +225,7 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

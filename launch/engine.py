@@ -4,14 +4,15 @@ An engine owns the model's parameters, gradients and optimizer; the trainer owns
 Another engine (sharded parameters, say) is another class with these methods.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 
 from ringattn.launch.config import Config
-from ringattn.launch.loss import cross_entropy_sum
-from ringattn.launch.model import Attend, Transformer, init_weights
+from ringattn.launch.layers import Attend
+from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from ringattn.parallel.grads import GradientBuckets
@@ -46,15 +47,14 @@ class ReplicatedEngine:
         tokens_BT: torch.Tensor,
         labels_BT: torch.Tensor,
         positions_T: torch.Tensor,
-        attend: Attend,
+        attend: Attend | Sequence[Attend],
     ) -> torch.Tensor:
         """Summed cross entropy of this rank's tokens, a float32 scalar.
 
         Every rank of the cp group calls it for the same sequence: `attend` communicates.
         """
         with self._autocast():
-            hidden_BTC = self.model(tokens_BT, positions_T, attend, hidden=True)
-            return cross_entropy_sum(self.model, hidden_BTC, labels_BT)
+            return self.model(tokens_BT, positions_T, attend, labels_BT=labels_BT)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of `loss`, already divided by the step's global token count."""

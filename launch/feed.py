@@ -1,15 +1,24 @@
 """From packs to one rank's tensors: plans in the loader, sharding on the way to the device."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 import ringattn as ra
 from ringattn.launch.config import Config
 from ringattn.launch.data_loader import Loader, MicroBatch
-from ringattn.launch.model import Attend
 from ringattn.launch.packing import Batches, PackedDataset
+
+
+@dataclass(frozen=True)
+class PlanAttend:
+    """Attention by a plan, as the model calls it: an `Attend`."""
+
+    plan: ra.Plan
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `ringattn.attention`."""
+        return ra.attention(q, k, v, self.plan)
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,14 @@ class Share:
     Attributes:
         tokens_BT, labels_BT: int64 (1, T_local); labels were shifted on the whole sequence.
         positions_T: int64 (T_local,), places in the whole sequence; rotary embedding uses them.
-        attend: attention over the whole sequence, a collective of the cp group.
+        attend: attention over the whole sequence, for all layers or each of them; a collective of
+            the cp group.
     """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     positions_T: torch.Tensor
-    attend: Attend
+    attend: PlanAttend | list[PlanAttend]
 
 
 def open_loader(
@@ -64,7 +74,7 @@ def take_share(micro: MicroBatch[ra.Plan], device: torch.device) -> Share:
         tokens_BT=local(torch.from_numpy(micro.tokens)),
         labels_BT=local(torch.from_numpy(micro.labels)),
         positions_T=plan.positions().to(device, non_blocking=True),
-        attend=partial(ra.attention, plan=plan),
+        attend=PlanAttend(plan),
     )
 
 

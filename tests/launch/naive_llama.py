@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ringattn.launch.model import Attend
+from ringattn.launch.layers import Attend
 from ringattn.launch.model_config import ModelConfig, RopeScaling
 
 

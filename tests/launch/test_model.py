@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ringattn.errors import UserError
-from ringattn.launch.model import Attend, RMSNorm, Transformer, apply_rope, init_weights, rope_table
+from ringattn.launch.layers import Attend, RMSNorm
+from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import MODEL_SIZES, ModelConfig, RopeScaling, model_config
+from ringattn.launch.rope import apply_rope, rope_table
 from tests.closeness import assert_close
 from tests.launch.naive_llama import dense_attend, naive_logits
 
