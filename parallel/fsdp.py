@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from ringattn.parallel.grads import exact_norm
 from ringattn.parallel.rows import rows_of
 
 
@@ -99,9 +100,9 @@ def clip_shards(
         The L2 norm of the whole gradient before scaling, a float32 scalar tensor.
     """
     grads = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-    squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
+    squares = torch.stack([exact_norm(grad) for grad in grads]).square().sum()
     dist.all_reduce(squares, group=group)
-    norm = squares.sqrt()
+    norm = squares.sqrt().float()
     if max_norm > 0:
         # No host synchronisation: the factor stays on the device.
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
