@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.launch.config import Config
+from ringattn.launch.layer_memory import apply_memory
 from ringattn.launch.layers import Attend
 from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import ModelConfig
@@ -37,6 +38,7 @@ class ReplicatedEngine:
         self.model = Transformer(shape)
         init_weights(self.model, config.seed)
         self.model.to(device)
+        apply_memory(self.model, config)
         self._optimizer = build_optimizer(self.model, config.train)
         self._buckets = GradientBuckets(self.model.parameters(), group)
         self._device, self._bf16 = device, config.train.dtype == "bf16"
