@@ -1,6 +1,7 @@
 """Everything that is applied to the one-device model from outside, in one fixed order."""
 
 from ringattn.launch.config import Config
+from ringattn.launch.layer_memory import apply_memory
 from ringattn.launch.model import Transformer
 from ringattn.parallel.mesh import TrainMesh
 
@@ -20,6 +21,7 @@ def parallelize(model: Transformer, config: Config, mesh: TrainMesh) -> None:
         mesh: the ranks. No communication for ddp and deepspeed.
     """
     # 1. Layer memory and compilation.
+    apply_memory(model, config)
     # 2. Sharding.
     parallel = config.parallel
     if parallel.engine == "fsdp":
