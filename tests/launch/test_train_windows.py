@@ -1,5 +1,6 @@
 """Layers with sliding windows: the losses of the second decoder, whatever the mesh."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,11 @@ def test_first_loss_is_that_of_the_second_decoder(
     pack = job.train.pack(0)
     with_windows = _naive_loss(model, pack, [WINDOW, None, WINDOW])
     assert one_rank[0]["loss"] == pytest.approx(with_windows, rel=1e-6)
-    for wrong in ([None] * 3, [None, WINDOW, None], [WINDOW - 1, None, WINDOW - 1]):
+    for wrong in ([None] * 3, [None, WINDOW, None], [10, None, 10]):
         assert one_rank[0]["loss"] != pytest.approx(_naive_loss(model, pack, wrong), rel=1e-6)
 
 
-def _naive_loss(model: Transformer, pack: Pack, windows: list[int | None]) -> float:
+def _naive_loss(model: Transformer, pack: Pack, windows: Sequence[int | None]) -> float:
     owner = torch.repeat_interleave(torch.arange(len(pack.lengths)), torch.tensor(pack.lengths))
     causal = (owner[:, None] == owner).tril()
     allowed = [causal if w is None else causal.triu(1 - w) for w in windows]
