@@ -71,6 +71,7 @@ def check_config(config: Config) -> None:
             f"must not exceed data.seq_len={config.data.seq_len}",
             f"set parallel.cp to at most {config.data.seq_len}",
         )
+    _check_degrees(config)
     resolve_model(config, vocab_size=257)
 
 
@@ -92,6 +93,8 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         ffn_dim=section.ffn_dim,
         rope_theta=section.rope_theta,
         tie_embeddings=section.tie_embeddings,
+        window=section.window,
+        full_every=section.full_every,
         max_seq_len=None,
     )
 
@@ -157,6 +160,25 @@ def check_world(config: Config, world: int) -> None:
             f"parallel.dp={dp}",
             f"dp × cp = {dp * cp} must equal the launcher's world size {world}",
             f"set parallel.dp={world // cp}, or start {dp * cp} ranks",
+        )
+
+
+def _check_degrees(config: Config) -> None:
+    """Packs may run on fewer ranks where those divide cp and where a cluster predicts times."""
+    cp, least = config.parallel.cp, config.parallel.min_cp
+    if least is None:
+        return
+    if cp % least:
+        raise UserError(
+            f"parallel.min_cp={least}",
+            f"must divide parallel.cp={cp}",
+            f"set parallel.min_cp to a divisor of {cp}, or null",
+        )
+    if config.attention.cluster is None:
+        raise UserError(
+            f"parallel.min_cp={least}",
+            "needs attention.cluster, on which times are predicted",
+            "set e.g. attention.cluster=h100_sxm, or parallel.min_cp=null",
         )
 
 

@@ -12,6 +12,9 @@ from ringattn.errors import UserError
 from ringattn.launch.packing import Batches, PackedDataset
 
 PlanT = TypeVar("PlanT")
+# What a rank reads of a step's packs (accumulate, dp, batch): the indices and the plan of each of
+# its micro-batches. Called in the loader's thread.
+Deal = Callable[[np.ndarray], list[tuple[list[int], PlanT]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StepBatch(Generic[PlanT]):
 
     Attributes:
         step: the step's number.
-        micro: one `MicroBatch` per accumulation micro-batch.
+        micro: one `MicroBatch` per accumulation micro-batch, or per round where packs are dealt.
         valid_tokens: labels that count, over all dp ranks and micro-batches of the step.
     """
 
@@ -61,6 +64,7 @@ class Loader(Generic[PlanT]):
         dp_rank: this process's data-parallel rank.
         start_step, stop_step: the range of steps.
         depth: most steps kept ready.
+        deal: chooses packs and plans in place of `dp_rank` and `make_plan`.
     """
 
     def __init__(
@@ -73,13 +77,14 @@ class Loader(Generic[PlanT]):
         start_step: int = 0,
         stop_step: int,
         depth: int = 2,
+        deal: Deal[PlanT] | None = None,
     ) -> None:
         if depth < 1:
             raise UserError(f"depth={depth}", "must be positive", "use 1 or more")
         if not 0 <= dp_rank < batches.dp:
             raise UserError(f"dp_rank={dp_rank}", f"must be in [0, {batches.dp})", "use 0")
         self._dataset, self._batches, self._make_plan = dataset, batches, make_plan
-        self._dp_rank, self._depth = dp_rank, depth
+        self._dp_rank, self._depth, self._deal = dp_rank, depth, deal
         self._steps = range(start_step, stop_step)
         self._changed = threading.Condition()
         self._ready: deque[StepBatch[PlanT]] = deque()
@@ -143,7 +148,10 @@ class Loader(Generic[PlanT]):
         packs = self._batches.indices(step)
         mine = packs[:, self._dp_rank].tolist()
         try:
-            micro = [self._micro_batch(indices) for indices in mine]
+            if self._deal is None:
+                micro = [self._micro_batch(indices) for indices in mine]
+            else:
+                micro = [self._micro_batch(*dealt) for dealt in self._deal(packs)]
             valid = sum(self._dataset.valid_tokens(int(index)) for index in packs.flat)
         except UserError:
             raise
@@ -154,9 +162,11 @@ class Loader(Generic[PlanT]):
             ) from error
         return StepBatch(step, micro, valid)
 
-    def _micro_batch(self, indices: list[int]) -> MicroBatch[PlanT]:
+    def _micro_batch(self, indices: list[int], plan: PlanT | None = None) -> MicroBatch[PlanT]:
         packs = [self._dataset.pack(index) for index in indices]
         lengths = [length for pack in packs for length in pack.lengths]
         tokens = np.concatenate([pack.tokens for pack in packs])
         labels = np.concatenate([pack.labels for pack in packs])
-        return MicroBatch(tokens, labels, lengths, self._make_plan(lengths), indices)
+        if plan is None:
+            plan = self._make_plan(lengths)
+        return MicroBatch(tokens, labels, lengths, plan, indices)

@@ -1,5 +1,6 @@
 """Loss on the held-out split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ def evaluate(
     *,
     step: int,
     packs: int,
+    windows: Sequence[int | None],
 ) -> EvalMetrics:
     """Mean loss over `packs` held-out packs, spread evenly over the split (all, if fewer).
 
@@ -55,12 +57,13 @@ def evaluate(
         device: of this rank.
         step: optimizer steps done, for the record.
         packs: most packs to read.
+        windows: of the model's layers.
     """
     packs = min(packs, heldout.packs)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = _Spread(dp=mesh.dp, packs=packs, total=heldout.packs)
     rounds = range(-(-packs // mesh.dp))
-    with open_loader(heldout, batches, cp, mesh.dp_rank, rounds) as loader:
+    with open_loader(heldout, batches, cp, mesh.dp_rank, rounds, windows) as loader:
         for batch in loader:
             for micro in batch.micro:
                 share = take_share(micro, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn as ra
@@ -23,6 +24,8 @@ from ringattn.launch.checkpoint import (
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
+from ringattn.launch.degrees import degrees_of
+from ringattn.launch.feed import layer_masks
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -97,7 +100,10 @@ def open_job(config: Config, local_world: int) -> Job:
 
 
 def build_context(
-    config: Config, shape: ModelConfig, group: DeviceMesh | int, staged: str | None = None
+    config: Config,
+    shape: ModelConfig,
+    group: DeviceMesh | dist.ProcessGroup | int,
+    staged: str | None = None,
 ) -> ra.ContextParallel:
     """The attention of a group of ranks, or of a number of simulated ones. No communication.
 
@@ -150,10 +156,14 @@ def check_attention(
             dtype=COMPUTE_DTYPES[config.train.dtype],
             head_dim=(shape.head_dim, shape.head_dim),
         )
-        context = build_context(config, shape, config.parallel.cp)
-        context.plan(ra.masks.documents(lengths, causal=True))
     except UserError as error:
         raise UserError(f"attention: {error.what}", error.rule, error.fix) from None
+    for degree in degrees_of(config.parallel.cp, config.parallel.min_cp):
+        try:
+            build_context(config, shape, degree).plans(layer_masks(lengths, shape.windows))
+        except UserError as error:
+            where = "" if degree == config.parallel.cp else f" on {degree} ranks (parallel.min_cp)"
+            raise UserError(f"attention{where}: {error.what}", error.rule, error.fix) from None
 
 
 def run_identity(config: Config, shape: ModelConfig, meta: CorpusMeta) -> dict[str, Any]:

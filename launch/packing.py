@@ -171,6 +171,18 @@ class PackedDataset:
             labels[max(0, self.tokens - begin) :] = IGNORE
         return Pack(tokens, labels, lengths)
 
+    def lengths(self, index: int) -> list[int]:
+        """Document segment lengths of the pack at `index`, without reading its tokens."""
+        begin, end = index * self.seq_len, (index + 1) * self.seq_len
+        found: list[int] = []
+        while begin < end:
+            number, at = divmod(begin, self.tokens)
+            ends = self._epoch(number).ends
+            place = int(np.searchsorted(ends, at, side="right"))
+            found.append(min(int(ends[place]) - at, end - begin))
+            begin += found[-1]
+        return found
+
     def valid_tokens(self, index: int) -> int:
         """Labels of the pack at `index` that are not `IGNORE`, without reading its tokens."""
         begin, end = index * self.seq_len, (index + 1) * self.seq_len
