@@ -1,12 +1,14 @@
 """Refuses configurations that cannot run, before any process starts."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_values
 from ringattn.launch.model_config import ModelConfig, model_config
+from ringattn.launch.rope_config import resolve_rope
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -75,7 +77,7 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         UserError: an unknown size or an impossible shape.
     """
     section = config.model
-    return model_config(
+    shape = model_config(
         section.size,
         vocab_size=vocab_size,
         layers=section.layers,
@@ -88,6 +90,7 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         tie_embeddings=section.tie_embeddings,
         max_seq_len=None,
     )
+    return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))
 
 
 def check_world(config: Config, world: int) -> None:
