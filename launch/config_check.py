@@ -7,6 +7,7 @@ from pathlib import Path
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_values
+from ringattn.launch.data_check import check_data
 from ringattn.launch.model_config import ModelConfig, model_config
 from ringattn.launch.rope_config import resolve_rope
 
@@ -14,6 +15,8 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "data.seq_len": 2,
     "data.max_document": 2,
+    "data.long_document": 1,
+    "data.long_repeats": 1,
     "parallel.cp": 1,
     "parallel.dp": 1,
     "parallel.zero_stage": 1,
@@ -61,12 +64,7 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     _check_profile(config)
     _check_run_dir(config.run.dir)
-    if config.parallel.cp > config.data.seq_len:
-        raise UserError(
-            f"parallel.cp={config.parallel.cp}",
-            f"must not exceed data.seq_len={config.data.seq_len}",
-            f"set parallel.cp to at most {config.data.seq_len}",
-        )
+    check_data(config)
     resolve_model(config, vocab_size=257)
 
 

@@ -83,11 +83,12 @@ def causal_area(lengths: list[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def step_batches(config: Config, origin_step: int, origin_pack: int) -> Batches:
-    """Which packs each step reads, when `origin_pack` packs were read before `origin_step`."""
+def step_batches(config: Config, origin_step: int, origin: int) -> Batches:
+    """Which tokens each step reads, when `origin` tokens were read before `origin_step`."""
     return Batches(
+        stages=config.data.stages,
         dp=config.parallel.dp,
         accumulate=config.train.accumulate,
         origin_step=origin_step,
-        origin_pack=origin_pack,
+        origin=origin,
     )

@@ -24,6 +24,7 @@ from ringattn.launch.engine import ReplicatedEngine
 from ringattn.launch.evaluate import evaluate
 from ringattn.launch.feed import causal_area, open_loader, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
+from ringattn.launch.initial_weights import model_tensors
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
@@ -123,7 +124,7 @@ class Trainer:
                 "lower train.lr and resume from the last checkpoint",
             )
         step_s = time.perf_counter() - began
-        tokens = self.config.packs_per_step * self.config.data.seq_len
+        tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
             flops = flops_per_step(self.job.shape, tokens, int(area))
@@ -192,8 +193,14 @@ class Trainer:
         )
 
     def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint; returns the steps done and the packs read by them."""
+        """Loads the job's checkpoint, or the weights to start from.
+
+        Returns:
+            The steps done, and the tokens read by them.
+        """
         if self.job.checkpoint is None:
+            if self.job.weights is not None:
+                load_tensors(self.job.weights, model_tensors(self.engine.tensors()))
             return 0, 0
         path, state = self.job.checkpoint
         rng = torch.get_rng_state()
