@@ -1,6 +1,7 @@
 """From packs to one rank's tensors: plans in the loader, sharding on the way to the device."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,17 +51,19 @@ def open_loader(
     Planning is host work without communication.
     """
 
-    def make_plan(lengths: list[int]) -> ra.Plan:
-        return cp.plan(ra.masks.documents(lengths, causal=True))
-
     return Loader(
         dataset,
         batches,
-        make_plan,
+        partial(document_plan, cp),
         dp_rank=dp_rank,
         start_step=steps.start,
         stop_step=steps.stop,
     )
+
+
+def document_plan(cp: ra.ContextParallel, lengths: list[int]) -> ra.Plan:
+    """Plans causal attention inside documents of these lengths. No communication."""
+    return cp.plan(ra.masks.documents(lengths, causal=True))
 
 
 def take_share(micro: MicroBatch[ra.Plan], device: torch.device) -> Share:

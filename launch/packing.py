@@ -137,6 +137,15 @@ class PackedDataset:
             labels[max(0, self.tokens - start) :] = IGNORE
         return Pack(tokens, labels, lengths)
 
+    def documents(self) -> list[tuple[int, int]]:
+        """Position and tokens of every document of one epoch, in the stream's order.
+
+        Of a mixture, whose stream has no epoch, there is no such list.
+        """
+        assert isinstance(self._stream, DocumentStream), "a mixture has no epoch"
+        pieces = self._stream.pieces(0, self.tokens)
+        return list(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True))
+
     def valid_tokens(self, start: int, seq_len: int) -> int:
         """Labels of `read(start, seq_len)` that are not `IGNORE`, without reading its tokens."""
         end = start + seq_len
