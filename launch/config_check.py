@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,13 +10,18 @@ import torch
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_values
+from ringattn.launch.data_check import check_data
 from ringattn.launch.model_config import ModelConfig, model_config
-from ringattn.parallel.zero import require_deepspeed
+    _check_memory(config)
+    _check_degrees(config)
+    check_data(config)
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "data.seq_len": 2,
     "data.max_document": 2,
+    "data.long_document": 1,
+    "data.long_repeats": 1,
     "parallel.cp": 1,
     "parallel.dp": 1,
     "parallel.zero_stage": 1,
@@ -64,6 +70,7 @@ def check_config(config: Config) -> None:
     _check_profile(config)
     check_engine(config, shared_gpu=config.run.device == "cuda_shared")
     _check_run_dir(config.run.dir)
+    check_data(config)
     _check_memory(config)
     if config.parallel.cp > config.data.seq_len:
         raise UserError(
@@ -82,7 +89,7 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         UserError: an unknown size or an impossible shape.
     """
     section = config.model
-    return model_config(
+    shape = model_config(
         section.size,
         vocab_size=vocab_size,
         layers=section.layers,
@@ -97,6 +104,7 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         full_every=section.full_every,
         max_seq_len=None,
     )
+    return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))
 
 
 def check_engine(config: Config, *, shared_gpu: bool) -> None:

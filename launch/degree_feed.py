@@ -25,7 +25,7 @@ class PricedStep:
     """A step's schedule, and the plans that it was chosen by.
 
     Attributes:
-        packs: indices of each pack of the schedule.
+        packs: stream positions of each pack of the schedule.
         plans: of each pack, by degree.
         schedule: its rounds name packs by their place in `packs`.
     """
@@ -52,26 +52,28 @@ class Degrees:
     world: int
     rank: int
 
-    def deal(self, packs: np.ndarray) -> list[tuple[list[int], LayerPlans]]:
-        """Indices and plans of this rank's pack in each round; every rank has as many rounds."""
-        priced = self.price(packs)
+    def deal(self, starts: np.ndarray, seq_len: int) -> list[tuple[list[int], LayerPlans]]:
+        """Start and plans of this rank's pack in each round; every rank has as many rounds."""
+        priced = self.price(starts, seq_len)
         dealt = []
         for entry in priced.schedule.rounds:
             pack = entry.pack_of(self.rank)
             dealt.append((priced.packs[pack], priced.plans[entry.degree][pack]))
         return dealt
 
-    def price(self, packs: np.ndarray) -> PricedStep:
+    def price(self, starts: np.ndarray, seq_len: int) -> PricedStep:
         """Plans every pack of a step at every degree and schedules the step.
 
         All ranks plan all packs: prices are predictions and depend on nothing else.
 
         Args:
-            packs: indices (accumulate, dp, batch).
+            starts: stream position of each pack (accumulate, dp, batch).
+            seq_len: tokens of each.
         """
-        indices = packs.reshape(-1, packs.shape[-1]).tolist()
+        packs = starts.reshape(-1, starts.shape[-1]).tolist()
         lengths = [
-            [length for index in pack for length in self.dataset.lengths(index)] for pack in indices
+            [length for start in pack for length in self.dataset.lengths(start, seq_len)]
+            for pack in packs
         ]
         masks = [layer_masks(of_pack, self.shape.windows) for of_pack in lengths]
         plans = {c: [cp.plans(layers) for layers in masks] for c, cp in self.contexts.items()}
@@ -79,7 +81,7 @@ class Degrees:
             degree: [self._seconds(layers, degree) for layers in of_degree]
             for degree, of_degree in plans.items()
         }
-        return PricedStep(indices, plans, schedule_step(seconds, self.world))
+        return PricedStep(packs, plans, schedule_step(seconds, self.world))
 
     def _seconds(self, layers: Sequence[ra.Plan], degree: int) -> float:
         """Predicted seconds of a pack, forward and backward: attention of all layers, and the

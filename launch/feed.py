@@ -93,7 +93,8 @@ def open_loader(
         dp_rank=dp_rank,
         start_step=steps.start,
         stop_step=steps.stop,
-        deal=deal and (lambda packs: [(place, complete(plans)) for place, plans in deal(packs)]),
+        deal=deal
+        and (lambda *packs: [(starts, complete(plans)) for starts, plans in deal(*packs)]),
     )
 
 
@@ -121,11 +122,12 @@ def own_areas(micro: MicroBatch[LayerPlans]) -> list[int]:
     return [areas[plan] for plan in micro.plan]
 
 
-def step_batches(config: Config, origin_step: int, origin_pack: int) -> Batches:
-    """Which packs each step reads, when `origin_pack` packs were read before `origin_step`."""
+def step_batches(config: Config, origin_step: int, origin: int) -> Batches:
+    """Which tokens each step reads, when `origin` tokens were read before `origin_step`."""
     return Batches(
+        stages=config.data.stages,
         dp=config.parallel.dp,
         accumulate=config.train.accumulate,
         origin_step=origin_step,
-        origin_pack=origin_pack,
+        origin=origin,
     )

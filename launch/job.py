@@ -26,6 +26,7 @@ from ringattn.launch.config_check import check_config, check_engine, resolve_mod
 from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.degrees import degrees_of
 from ringattn.launch.feed import layer_masks
+from ringattn.launch.initial_weights import choose_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -45,6 +46,7 @@ class Job:
         train, heldout: the corpus's splits; heldout is None where the corpus holds nothing out.
         identity: what a checkpoint must share to be continued, by dotted key.
         checkpoint: where to continue from, and what it says of itself; None to start anew.
+        weights: checkpoint that a run that starts anew takes its weights from, or None.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Job:
     heldout: PackedDataset | None
     identity: dict[str, Any]
     checkpoint: tuple[Path, CheckpointState] | None
+    weights: Path | None = None
 
 
 def open_job(config: Config, local_world: int) -> Job:
@@ -68,15 +71,15 @@ def open_job(config: Config, local_world: int) -> Job:
     check_config(config)
     placement = place_ranks(config, local_world)
     check_engine(config, shared_gpu=placement.shared)
-    meta = load_meta(config.data.path)
-    shape = resolve_model(config, meta.vocab_size)
-    path, seq_len, longest = config.data.path, config.data.seq_len, config.data.max_document
-    train = PackedDataset(path, "train", seq_len, config.seed, max_document=longest)
-    check_attention(config, shape, placement.device_type, train.pack(0).lengths)
+    metas = [load_meta(folder) for folder, _ in config.data.corpora]
+    shape = resolve_model(config, metas[0].vocab_size)
+    train = open_split(config, "train")
+    lengths = train.read(0, config.data.longest).lengths
+    check_attention(config, shape, placement.device_type, lengths)
     heldout = None
-    if meta.tokens("heldout"):
-        heldout = PackedDataset(path, "heldout", seq_len, max_document=longest)
-    identity = run_identity(config, shape, meta)
+    if any(meta.tokens("heldout") for meta in metas):
+        heldout = open_split(config, "heldout")
+    identity = run_identity(config, shape, metas)
     found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
     checkpoint = None
     if found is not None:
@@ -89,6 +92,9 @@ def open_job(config: Config, local_world: int) -> Job:
                 f"raise train.steps to at least {state.step}, or resume from an older one",
             )
         checkpoint = (found, state)
+    weights = None
+    if config.checkpoint.weights is not None and checkpoint is None:
+        weights = choose_weights(config.checkpoint.weights, shape)
     return Job(
         config=config,
         shape=shape,
@@ -96,6 +102,25 @@ def open_job(config: Config, local_world: int) -> Job:
         heldout=heldout,
         identity=identity,
         checkpoint=checkpoint,
+        weights=weights,
+    )
+
+
+def open_split(config: Config, split: str) -> PackedDataset:
+    """One split of the run's corpora, in sequences of ``data.seq_len``.
+
+    Raises:
+        UserError: bad files, an empty split, or corpora of different tokenizers.
+    """
+    data = config.data
+    return PackedDataset(
+        data.corpora,
+        split,
+        data.seq_len,
+        config.seed,
+        max_document=data.max_document,
+        long_document=data.long_document,
+        long_repeats=data.long_repeats,
     )
 
 
@@ -166,28 +191,45 @@ def check_attention(
             raise UserError(f"attention{where}: {error.what}", error.rule, error.fix) from None
 
 
-def run_identity(config: Config, shape: ModelConfig, meta: CorpusMeta) -> dict[str, Any]:
-    """Dotted keys and JSON values that decide which weights and data a checkpoint is about."""
-    shards = [(shard.name, shard.tokens, shard.bin_crc32) for shard in meta.shards]
-    digest = hashlib.sha256(json.dumps([meta.vocab_size, meta.eos_id, shards]).encode())
+def run_identity(config: Config, shape: ModelConfig, metas: list[CorpusMeta]) -> dict[str, Any]:
+    """Dotted keys and JSON values that decide which weights and data a checkpoint is about.
+
+    A curriculum is none of them, like the learning rate: the position in the data is counted in
+    tokens, so that another one goes on where the checkpoint stopped.
+    """
+    weights = [weight for _, weight in config.data.corpora]
     model = {f"model.{key}": value for key, value in asdict(shape).items() if key != "max_seq_len"}
     return {
         "seed": config.seed,
         "data.seq_len": config.data.seq_len,
         "data.max_document": config.data.max_document,
-        "data.path": f"corpus {digest.hexdigest()[:12]}",
+        "data.long_document": config.data.long_document,
+        "data.long_repeats": config.data.long_repeats,
+        "data.path": corpus_name(metas[0]),
+        "data.mixture": [
+            [corpus_name(meta), weight / sum(weights)]
+            for meta, weight in zip(metas, weights, strict=True)
+        ],
         **model,
     }
 
 
+def corpus_name(meta: CorpusMeta) -> str:
+    """A name that equal corpora share, wherever they lie."""
+    shards = [(shard.name, shard.tokens, shard.bin_crc32) for shard in meta.shards]
+    digest = hashlib.sha256(json.dumps([meta.vocab_size, meta.eos_id, shards]).encode())
+    return f"corpus {digest.hexdigest()[:12]}"
+
+
 def prepare_corpus(config: Config) -> None:
-    """Prepares ``data.path`` from ``data.source`` when it does not exist; says so on stderr.
+    """Prepares ``data.path`` from ``data.source`` when it is read and missing; says so on stderr.
 
     Raises:
         UserError: the source cannot be read.
     """
     data = config.data
-    if data.source is None or (Path(data.path) / "meta.json").is_file():
+    read = data.path in (folder for folder, _ in data.corpora)
+    if data.source is None or not read or (Path(data.path) / "meta.json").is_file():
         return
     print(f"preparing {data.path} from {data.source}", file=sys.stderr, flush=True)
     meta, _ = prepare_if_missing(data.source, data.path, tokenizer=data.tokenizer)

@@ -4,6 +4,8 @@ ringattn prepare SOURCE --out DIR
 ringattn train CONFIG [key=value ...]
 ringattn plan CONFIG [key=value ...]
 ringattn sample RUN --prompt TEXT
+ringattn evaluate RUN [key=value ...]
+ringattn needles CORPUS --out DIR
 """
 
 import argparse
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringattn.launch.failure import run_reporting
+from ringattn.launch.main_context import add_evaluate, add_needles
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_sample(commands)
+    add_evaluate(commands)
+    add_needles(commands)
     return parser
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from ringattn.errors import UserError
 
+ROPE_KINDS = ("linear", "ntk", "yarn", "llama3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -14,11 +16,20 @@ class RopeScaling:
 
     Attributes:
         kind: "linear" divides every frequency by `factor` (position interpolation,
-            arXiv:2306.15595); "llama3" divides only those whose wavelength exceeds
+            arXiv:2306.15595); "ntk" raises the base to theta * factor^(D / (D - 2)), which keeps
+            the highest frequency and divides the lowest by `factor` (NTK-aware scaling, as stated
+            in arXiv:2309.00071); "yarn" divides the frequencies that turn less than `beta_slow`
+            times within the original context, keeps those that turn more than `beta_fast` times,
+            blends linearly by channel in between, and raises attention logits
+            (arXiv:2309.00071); "llama3" divides only those whose wavelength exceeds
             original_max_seq_len / low_freq_factor, keeps those below
             original_max_seq_len / high_freq_factor, and blends in between (Llama 3.1).
         factor: at least 1.
-        low_freq_factor, high_freq_factor, original_max_seq_len: read by "llama3" only.
+        low_freq_factor, high_freq_factor: read by "llama3" only.
+        original_max_seq_len: context before scaling; read by "yarn" and "llama3".
+        beta_fast, beta_slow: turns; read by "yarn" only.
+        attention_factor: of "yarn": what both q and k are multiplied with, so that logits grow by
+            its square; None is 0.1 ln(factor) + 1.
     """
 
     kind: str = "llama3"
@@ -26,13 +37,16 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
+        if self.kind not in ROPE_KINDS:
             raise UserError(
-                f"rope_scaling.kind={self.kind!r}", "is unknown", 'use "linear" or "llama3"'
+                f"rope_scaling.kind={self.kind!r}", "is unknown", f"use one of {ROPE_KINDS}"
             )
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise UserError(
                 f"rope_scaling.factor={self.factor}", "must be at least 1", "use 1 or more"
             )
@@ -41,6 +55,24 @@ class RopeScaling:
                 f"rope_scaling.low_freq_factor={self.low_freq_factor}",
                 f"must lie between 0 and high_freq_factor={self.high_freq_factor}",
                 "use 1 and 4, the values of Llama 3.1",
+            )
+        if self.original_max_seq_len < 1:
+            raise UserError(
+                f"rope_scaling.original_max_seq_len={self.original_max_seq_len}",
+                "must be positive",
+                "use the context the model was trained with, in tokens",
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise UserError(
+                f"rope_scaling.beta_slow={self.beta_slow}",
+                f"must lie between 0 and beta_fast={self.beta_fast}",
+                "use 1 and 32, the values of YaRN",
+            )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise UserError(
+                f"rope_scaling.attention_factor={self.attention_factor}",
+                "must be positive",
+                "leave it out for 0.1 ln(factor) + 1",
             )
 
 

@@ -12,9 +12,7 @@ from ringattn.draw import draw_mask, draw_work
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
-from ringattn.launch.corpus import load_meta
-from ringattn.launch.job import build_context
-from ringattn.launch.packing import PackedDataset
+from ringattn.launch.job import build_context, open_split
 from ringattn.launch.plan_report import plan_json, plan_table
 from ringattn.masks import Mask
 from ringattn.planner import Comparison
@@ -79,20 +77,17 @@ def default_cluster() -> str:
 
 def _mask(config: Config) -> tuple[Mask, str, int]:
     """The mask, what it is, and the vocabulary's size."""
-    data = config.data
-    if not (Path(data.path) / "meta.json").is_file():
+    path, tokens = config.data.corpora[0][0], config.data.longest
+    if not (Path(path) / "meta.json").is_file():
         print(
-            f"data.path={data.path} is not prepared: planning a causal mask of {data.seq_len} "
-            "tokens",
+            f"data.path={path} is not prepared: planning a causal mask of {tokens} tokens",
             file=sys.stderr,
         )
-        return ra.masks.causal(data.seq_len), f"causal mask of {data.seq_len} tokens", 257
-    packs = PackedDataset(
-        data.path, "train", data.seq_len, config.seed, max_document=data.max_document
-    )
-    lengths = packs.pack(0).lengths
-    text = f"first pack of {data.path}: {len(lengths)} documents in {data.seq_len} tokens"
-    return ra.masks.documents(lengths, causal=True), text, load_meta(data.path).vocab_size
+        return ra.masks.causal(tokens), f"causal mask of {tokens} tokens", 257
+    packs = open_split(config, "train")
+    lengths = packs.read(0, tokens).lengths
+    text = f"first pack of {path}: {len(lengths)} documents in {tokens} tokens"
+    return ra.masks.documents(lengths, causal=True), text, packs.vocab_size
 
 
 def _write(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
+from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
 from ringattn.launch.model import initial_weights
@@ -143,7 +145,7 @@ class Trainer:
                 "lower train.lr and resume from the last checkpoint",
             )
         step_s = time.perf_counter() - began
-        tokens = self.config.packs_per_step * self.config.data.seq_len
+        tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
             flops = flops_per_step(self.job.shape, tokens, [int(a) for a in area])
@@ -214,8 +216,14 @@ class Trainer:
         )
 
     def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint; returns the steps done and the packs read by them."""
+        """Loads the job's checkpoint, or the weights to start from.
+
+        Returns:
+            The steps done, and the tokens read by them.
+        """
         if self.job.checkpoint is None:
+            if self.job.weights is not None:
+                self.engine.load(partial(load_weights, self.job.weights))
             return 0, 0
         path, state = self.job.checkpoint
         rng = torch.get_rng_state()

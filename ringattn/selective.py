@@ -133,9 +133,7 @@ class _Chunks:
         busiest = float(spent.max(initial=0))
         world = 1 if layout is None or not _is_whole(layout) else layout.world
         mean = float(area.sum()) / world
-        return _Chunks(
-            start=start, stop=stop, order=order, spent=spent, mean=mean, busiest=busiest
-        )
+        return _Chunks(start=start, stop=stop, order=order, spent=spent, mean=mean, busiest=busiest)
 
     def within(self, budget: float) -> np.ndarray:
         """The rows that each owner can afford, as ranges."""

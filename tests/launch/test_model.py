@@ -213,7 +213,7 @@ def test_refusals(size: str, overrides: dict[str, int], says: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": "yarn"}, {"factor": 0.5}, {"low_freq_factor": 4.0}, {"factor": float("nan")}],
+    [{"kind": "longrope"}, {"factor": 0.5}, {"low_freq_factor": 4.0}, {"factor": float("nan")}],
 )
 def test_scaling_refusals(fields: dict[str, object]) -> None:
     with pytest.raises(UserError, match="rope_scaling"):

@@ -101,11 +101,12 @@ def test_prices_and_plans_of_a_step(corpus: Path, tmp_path: Path) -> None:
     check_config(config)
     job = open_job(config, 4)
     degrees = simulated_degrees(config, job.shape, job.train)
-    packs = np.arange(5).reshape(5, 1, 1)
-    priced = degrees.price(packs)
+    length = config.data.seq_len
+    starts = length * np.arange(5).reshape(5, 1, 1)
+    priced = degrees.price(starts, length)
     assert list(priced.plans) == [4, 2, 1]
-    for pack, indices in enumerate(priced.packs):
-        assert job.train.lengths(indices[0]) == job.train.pack(indices[0]).lengths
+    for pack, (start,) in enumerate(priced.packs):
+        assert job.train.lengths(start, length) == job.train.read(start, length).lengths
         times = []
         for degree, plans in priced.plans.items():
             first, second = plans[pack]
@@ -116,8 +117,8 @@ def test_prices_and_plans_of_a_step(corpus: Path, tmp_path: Path) -> None:
         assert times[0] > 0
     with mock.patch.object(degree_feed, "schedule_step", _mixed_of_five):
         for rank in range(4):
-            dealt = replace(degrees, rank=rank).deal(packs)
-            assert [pack for (pack,), _ in dealt] == [4, rank]
+            dealt = replace(degrees, rank=rank).deal(starts, length)
+            assert [start for (start,), _ in dealt] == [4 * length, rank * length]
             assert [plans[0].world for _, plans in dealt] == [4, 1]
 
 
