@@ -88,6 +88,8 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         ffn_dim=section.ffn_dim,
         rope_theta=section.rope_theta,
         tie_embeddings=section.tie_embeddings,
+        window=section.window,
+        full_every=section.full_every,
         max_seq_len=None,
     )
     return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))

@@ -89,6 +89,10 @@ class ModelConfig:
         norm_eps: epsilon of RMSNorm.
         rope_theta, rope_scaling: rotary base, and long-context scaling or None.
         tie_embeddings: the output head shares the embedding's weight.
+        window: sliding-window layers attend so many tokens, themselves included; None for no such
+            layer.
+        full_every: layers n - 1, 2n - 1, ... of a model with a window attend whole documents;
+            0 gives every layer the window.
         max_seq_len: longest context that the model is meant for; `generate` refuses more.
 
     Raises:
@@ -106,6 +110,8 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    window: int | None = None
+    full_every: int = 0
     max_seq_len: int = 131_072
 
     def __post_init__(self) -> None:
@@ -126,6 +132,25 @@ class ModelConfig:
                 "must be even, because rotary embedding turns pairs of channels",
                 f"use {self.head_dim + 1}",
             )
+        if self.window is not None and self.window < 1:
+            raise UserError(
+                f"model.window={self.window}", "must be positive", "use 4096, or null for none"
+            )
+        if self.full_every < 0 or (self.full_every and self.window is None):
+            raise UserError(
+                f"model.full_every={self.full_every}",
+                "must be 0 or more, and 0 where model.window is null",
+                "set model.window too, or model.full_every=0",
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer the tokens that it attends, itself included; None for all before it."""
+        every = self.full_every
+        return tuple(
+            None if every and (layer + 1) % every == 0 else self.window
+            for layer in range(self.layers)
+        )
 
 
 def _llama(vocab_size: int = 128_256, **shape: Any) -> ModelConfig:
