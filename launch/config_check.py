@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ringattn.errors import UserError
-from ringattn.launch.config import Config
+from ringattn.launch.config import Config, ModelSection
 from ringattn.launch.config_load import config_values
+from ringattn.launch.hf_config import read_hf_config
 from ringattn.launch.model_config import ModelConfig, model_config
 from ringattn.launch.rope_config import resolve_rope
 
@@ -67,17 +68,27 @@ def check_config(config: Config) -> None:
             f"must not exceed data.seq_len={config.data.seq_len}",
             f"set parallel.cp to at most {config.data.seq_len}",
         )
-    resolve_model(config, vocab_size=257)
+    resolve_model(config, vocab_size=1)
 
 
 def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
-    """The model's shape: the named size, what the config overrides, the corpus's vocabulary.
+    """The model's shape: the named size or the checkpoint's, and what the config overrides.
+
+    `vocab_size` is the corpus's: a named size takes it, a checkpoint must have as many tokens.
 
     Raises:
         UserError: an unknown size or an impossible shape.
     """
     section = config.model
-    shape = model_config(
+    if section.hf is not None:
+        shape = _hf_shape(section, vocab_size)
+    else:
+        shape = _named_shape(section, vocab_size)
+    return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))
+
+
+def _named_shape(section: ModelSection, vocab_size: int) -> ModelConfig:
+    return model_config(
         section.size,
         vocab_size=vocab_size,
         layers=section.layers,
@@ -92,7 +103,25 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         full_every=section.full_every,
         max_seq_len=None,
     )
-    return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))
+
+
+def _hf_shape(section: ModelSection, vocab_size: int) -> ModelConfig:
+    """The checkpoint's shape; only what changes no weight may be overridden."""
+    for key in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tie_embeddings"):
+        value = getattr(section, key)
+        if value is not None:
+            raise UserError(
+                f"model.{key}={value}", "is given by the checkpoint in model.hf", "leave it null"
+            )
+    shape = read_hf_config(str(section.hf))
+    if vocab_size > shape.vocab_size:
+        raise UserError(
+            f"model.hf={section.hf}",
+            f"has {shape.vocab_size} tokens, the corpus {vocab_size}",
+            "prepare the corpus with the checkpoint's tokenizer (data.tokenizer)",
+        )
+    given = {key: getattr(section, key) for key in ("rope_theta", "window", "full_every")}
+    return replace(shape, **{key: value for key, value in given.items() if value is not None})
 
 
 def check_world(config: Config, world: int) -> None:

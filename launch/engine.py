@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, init_weights
+from ringattn.launch.model import Transformer, fill_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from ringattn.launch.weights import weight_source
 from ringattn.parallel.grads import GradientBuckets
 
 
@@ -22,7 +23,7 @@ class ReplicatedEngine:
     """Model, gradients and AdamW, equal on every rank of `group`.
 
     Args:
-        config: the run; its seed fills the weights.
+        config: the run; `ringattn.launch.weights` fills the weights.
         shape: the model.
         device: where parameters live.
         group: the dp × cp ranks.
@@ -35,7 +36,7 @@ class ReplicatedEngine:
         self, config: Config, shape: ModelConfig, device: torch.device, group: dist.ProcessGroup
     ) -> None:
         self.model = Transformer(shape)
-        init_weights(self.model, config.seed)
+        fill_weights(self.model, weight_source(config, shape))
         self.model.to(device)
         self._optimizer = build_optimizer(self.model, config.train)
         self._buckets = GradientBuckets(self.model.parameters(), group)

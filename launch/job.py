@@ -23,6 +23,7 @@ from ringattn.launch.checkpoint import (
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
+from ringattn.launch.hf_weights import HFWeights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -73,6 +74,8 @@ def open_job(config: Config, local_world: int) -> Job:
     if meta.tokens("heldout"):
         heldout = PackedDataset(path, "heldout", seq_len, max_document=longest)
     identity = run_identity(config, shape, meta)
+    if config.model.hf is not None:
+        identity["model.hf"] = f"weights {HFWeights(config.model.hf, shape).digest()[:12]}"
     found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
     checkpoint = None
     if found is not None:

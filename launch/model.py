@@ -9,14 +9,19 @@ V vocabulary. Parameter names are those of Hugging Face Llama checkpoints.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from ringattn.launch.layers import Attend, DecoderLayer, LMHead, RMSNorm
+from ringattn.launch.local_part import write_part
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.rope import rope_table
+
+Fill = Callable[[str, torch.Tensor], None]
+"""(name, tensor): writes a parameter's first values into it, in place; the tensor has the whole
+parameter's shape, and is plain or a `DTensor` of which this rank's shard is written."""
 
 
 class Decoder(nn.Module):
@@ -90,22 +95,39 @@ class Transformer(nn.Module):
 
 
 def init_weights(model: Transformer, seed: int) -> None:
-    """Fills every parameter in place: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1.
+    """Fills every parameter in place with `random_weights`."""
+    fill_weights(model, random_weights(model.cfg, seed))
+
+
+def fill_weights(model: nn.Module, fill: Fill) -> None:
+    """Fills every parameter of a `Transformer` in place, one after another."""
+    for name, parameter in model.named_parameters():
+        fill(name, parameter)
+
+
+def random_weights(cfg: ModelConfig, seed: int) -> Fill:
+    """First weights: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1, biases 0.
 
     Each parameter draws on the CPU from a generator seeded by (seed, its name), so values depend
-    neither on the number of devices nor on the order of modules.
+    neither on the number of devices nor on the order of modules. A shard takes its part of the
+    whole parameter's draw, which exists for as long as one parameter is filled.
     """
-    residual = 0.02 / math.sqrt(2 * model.cfg.layers)
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-            continue
-        std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        values = torch.empty(parameter.shape, dtype=torch.float32)
-        values.normal_(0.0, std, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(values)
+    residual = 0.02 / math.sqrt(2 * cfg.layers)
+
+    def fill(name: str, tensor: torch.Tensor) -> None:
+        def draw(index: tuple[slice, ...]) -> torch.Tensor:
+            if name.endswith("norm.weight"):
+                return torch.ones(tensor.shape)[index]
+            if name.endswith(".bias"):
+                return torch.zeros(tensor.shape)[index]
+            std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            values = torch.empty(tensor.shape, dtype=torch.float32)
+            return values.normal_(0.0, std, generator=generator)[index]
+
+        write_part(tensor, draw)
+
+    return fill
 
 
 def _seed_of(seed: int, name: str) -> int:
