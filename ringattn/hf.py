@@ -22,8 +22,6 @@ and micro-batches of the step, and sum gradients over all ranks:
 `transformers` is imported when `attach` is called, and only here.
 """
 
-import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,18 +31,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.context import ContextParallel
-from ringattn.errors import UserError, brief
+from ringattn.errors import UserError
 from ringattn.hf_attention import NAME, BatchPlans, LayerMask, attend, describe, document_mask
+from ringattn.hf_batch import IGNORE, check_batch, find_documents, shift_labels
+from ringattn.hf_checks import check_head, check_model, layer_masks
 from ringattn.kernels.linear_loss import linear_cross_entropy
 
-IGNORE = -100
-_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 _BUCKET_BYTES = 32 * 2**20
 
 
 def attach(
-    model: nn.Module, group: "DeviceMesh | dist.ProcessGroup | None" = None, **options: Any
+    model: nn.Module, group: "DeviceMesh | dist.ProcessGroup | int | None" = None, **options: Any
 ) -> "Attached":
     """Makes a model attend over all ranks of a group.
 
@@ -55,7 +52,8 @@ def attach(
 
     Args:
         model: a `PreTrainedModel` with attention over text; not wrapped in anything yet.
-        group: the ranks that share each sequence; a one-axis mesh, a group, or None for all.
+        group: the ranks that share each sequence; a one-axis mesh, a group, or None for all. A
+            number of simulated ranks can shard and plan, not run.
         **options: of `ringattn.ContextParallel` (method, layout, kernel, cluster, ...); heads and
             head_dim are the model's.
 
@@ -72,7 +70,7 @@ def attach(
             "attach before wrapping it in DDP, FSDP, PEFT or torch.compile",
         )
     config: Any = model.config.get_text_config()
-    _check_model(model, config)
+    check_model(model, config)
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, describe)
     try:
@@ -85,7 +83,7 @@ def attach(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     cp = ContextParallel(group, heads=(heads, kv_heads), head_dim=head_dim, **options)
-    return Attached(model, cp, _layer_masks(config))
+    return Attached(model, cp, layer_masks(config))
 
 
 class Attached:
@@ -132,8 +130,8 @@ class Attached:
             UserError: shapes that do not fit, rows with different documents, or a layout that
                 leaves a rank without tokens.
         """
-        _check_batch(input_ids, labels)
-        lengths, positions = _documents(input_ids, document_lengths, position_ids)
+        check_batch(input_ids, labels)
+        lengths, positions = find_documents(input_ids, document_lengths, position_ids)
         plans = self._plans(lengths)
         shard = next(iter(plans.plans.values())).shard
         batch: dict[str, Any] = {
@@ -143,9 +141,7 @@ class Attached:
             "ringattn": plans,
         }
         if labels is not None:
-            shifted = labels.clone()
-            shifted[:, torch.tensor(lengths).cumsum(0)[:-1]] = IGNORE
-            shifted = nn.functional.pad(shifted[:, 1:], (0, 1), value=IGNORE)
+            shifted = shift_labels(labels, lengths)
             # The loss is skipped without `labels`, and reads `shift_labels`.
             batch["labels"] = batch["shift_labels"] = shard(shifted)
             if num_items_in_batch is None:
@@ -236,7 +232,7 @@ def loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     decoder: Any = model
     head = decoder.get_output_embeddings()
     config = decoder.config.get_text_config()
-    _check_head(decoder, head, config)
+    check_head(decoder, head, config)
     hidden = decoder.base_model(**batch).last_hidden_state
     total = linear_cross_entropy(
         hidden.flatten(0, -2),
@@ -247,125 +243,6 @@ def loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         softcap=getattr(config, "final_logit_softcapping", None),
     )
     return total / counted
-
-
-def _check_model(model: nn.Module, config: Any) -> None:
-    """Refuses what looks across tokens elsewhere than in attention."""
-    whole: Any = model
-    types = set(getattr(config, "layer_types", None) or ())
-    strange = [f"layer type {kind}" for kind in sorted(types - set(_LAYER_TYPES))]
-    strange += [
-        f"{type(module).__name__} {name}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.RNNBase)
-    ]
-    if getattr(config, "attention_chunk_size", None) and "chunked_attention" in types:
-        strange.append("chunked attention")
-    if getattr(model, "_is_stateful", False):
-        strange.append("a state that is carried over tokens")
-    if whole.config.is_encoder_decoder:
-        strange.append("cross attention")
-    strange += [f"rope_type {kind}" for kind in _rope_types(config) if kind not in _ROPE_TYPES]
-    for key in ("output_attentions", "output_router_logits"):
-        if getattr(config, key, False):
-            strange.append(f"{key}=True")
-    takes = inspect.signature(model.forward).parameters.values()
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes):
-        strange.append("a forward without **kwargs")
-    if not whole._can_set_attn_implementation():
-        strange.append("attention of its own, which cannot be replaced")
-    if strange:
-        raise UserError(
-            f"{type(model).__name__} with {strange[0]}",
-            "is not implemented across ranks",
-            "use a decoder with full, causal or windowed attention",
-        )
-
-
-def _rope_types(config: Any) -> list[str]:
-    """Kinds of rotary scaling; some follow the longest position at hand."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return [entry["rope_type"] for entry in each if "rope_type" in entry]
-
-
-def _layer_masks(config: Any) -> list[LayerMask]:
-    """What each layer will ask for, as far as the configuration tells: the layout is chosen by it.
-
-    A wrong guess costs time, not correctness.
-    """
-    if not getattr(config, "is_causal", True):
-        return [LayerMask(causal=False)] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return [LayerMask(window=window)] * config.num_hidden_layers
-    return [LayerMask(window=window if kind == _LAYER_TYPES[1] else None) for kind in types]
-
-
-def _check_head(model: Any, head: Any, config: Any) -> None:
-    scaled = [
-        f"{key}={brief(value)}"
-        for key, value in config.to_dict().items()
-        if re.search(r"logits?_(scal|mult)|lm_head_mult", key) and value not in (None, 1, 1.0)
-    ]
-    if not isinstance(head, nn.Linear) or scaled or model.base_model is model:
-        raise UserError(
-            f"the output head of {type(model).__name__} {' '.join(scaled)}".rstrip(),
-            "must be one matrix with at most a softcap",
-            "use model(**batch).loss",
-        )
-
-
-def _check_batch(input_ids: torch.Tensor, labels: torch.Tensor | None) -> None:
-    if input_ids.dim() != 2:
-        raise UserError(
-            f"input_ids of shape {list(input_ids.shape)}", "must be (B, S)", "add a batch dimension"
-        )
-    if labels is not None and labels.shape != input_ids.shape:
-        raise UserError(
-            f"labels of shape {list(labels.shape)}",
-            f"must have the shape of input_ids, {list(input_ids.shape)}",
-            "pass unshifted labels, one per token",
-        )
-
-
-def _documents(
-    input_ids: torch.Tensor, lengths: Sequence[int] | None, positions: torch.Tensor | None
-) -> tuple[tuple[int, ...], torch.Tensor]:
-    """(document lengths, positions (B, S)) from whichever of the two is given."""
-    batch, seq_len = input_ids.shape
-    if positions is not None:
-        positions = positions.to(input_ids.device).expand(batch, -1)
-        if positions.shape != input_ids.shape:
-            raise UserError(
-                f"position_ids of {positions.shape[1]} tokens",
-                f"must be for {seq_len} tokens",
-                "pass the positions of the whole sequence",
-            )
-    if lengths is None:
-        starts = torch.zeros(1, dtype=torch.int64)
-        if positions is not None:
-            breaks = positions[:, 1:] != positions[:, :-1] + 1
-            if bool((breaks != breaks[:1]).any()):
-                raise UserError(
-                    "position_ids whose rows hold different documents",
-                    "rows share one plan",
-                    "pack all documents in one row, or pass one row at a time",
-                )
-            starts = torch.cat([starts, breaks[0].nonzero().flatten().cpu() + 1])
-        lengths = torch.diff(starts, append=torch.tensor([seq_len])).tolist()
-    found = tuple(int(length) for length in lengths)
-    if sum(found) != seq_len or min(found, default=0) < 1:
-        raise UserError(
-            f"document_lengths={brief(list(found))}",
-            f"must be positive and sum to {seq_len}",
-            "pass the lengths of one row's documents, in order",
-        )
-    if positions is None:
-        counts = [torch.arange(length, device=input_ids.device) for length in found]
-        positions = torch.cat(counts).expand(batch, -1)
-    return found, positions
 
 
 def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

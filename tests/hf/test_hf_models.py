@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from ringattn import hf
+from ringattn.hf_attention import LayerMask
 from tests.hf.models import FAMILIES, LENGTHS, build, draw_batch, one_device
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(240)  # the first call of a rank imports transformers
+TIMEOUT = 200.0
 
 
 def _train(
@@ -22,7 +26,7 @@ def _train(
     if how == "local positions":
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
     if how == "labels shifted after sharding":
-        local = batch["ringattn"].plan(parallel._layer_masks[0]).shard(labels)
+        local = batch["ringattn"].plan(LayerMask()).shard(labels)
         batch["shift_labels"] = torch.nn.functional.pad(local[:, 1:], (0, 1), value=-100)
     loss = model(**batch).loss if how == "logits" else hf.loss(model, batch)
     loss.backward()
@@ -33,7 +37,7 @@ def _train(
 def error_of(family: str, how: str, **options: Any) -> float:
     """Largest relative error of the loss and of any parameter's gradient."""
     expected, grads = one_device(build(family), *draw_batch())
-    (loss, found), (other, _) = run_ranks(2, _train, family, how, **options)
+    (loss, found), (other, _) = run_ranks(2, _train, family, how, timeout=TIMEOUT, **options)
     assert loss == other
     assert found.keys() == grads.keys()
     errors = [abs(loss - expected) / abs(expected)]
