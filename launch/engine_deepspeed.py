@@ -8,7 +8,7 @@ from torch import nn
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, WeightSource
+from ringattn.launch.model import Fill, Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import MOMENTS, add_states, bare_optimizer, set_learning_rate
 from ringattn.launch.parallelize import parallelize
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
         shape: ModelConfig,
         device: torch.device,
         mesh: TrainMesh,
-        weights: WeightSource,
+        weights: Fill,
     ) -> None:
         parallel, train = config.parallel, config.train
         options = ZeroOptions(
@@ -64,8 +64,9 @@ class DeepSpeedEngine:
         self._state.link()
         self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         for name, parameter in self._parameters.items():
-            value = weights(name, _shape_of(parameter))
-            self._state.set(parameter, None, value.to(device, torch.float32))
+            whole = torch.empty(_shape_of(parameter))
+            weights(name, whole)
+            self._state.set(parameter, None, whole.to(device))
         self._holds_model = options.stage < 3
 
     def loss_sum(

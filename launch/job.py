@@ -26,6 +26,7 @@ from ringattn.launch.config_check import check_config, check_engine, resolve_mod
 from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.degrees import degrees_of
 from ringattn.launch.feed import layer_masks
+from ringattn.launch.hf_weights import HFWeights
 from ringattn.launch.initial_weights import choose_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
@@ -80,6 +81,8 @@ def open_job(config: Config, local_world: int) -> Job:
     if any(meta.tokens("heldout") for meta in metas):
         heldout = open_split(config, "heldout")
     identity = run_identity(config, shape, metas)
+    if config.model.hf is not None:
+        identity["model.hf"] = f"weights {HFWeights(config.model.hf, shape).digest()[:12]}"
     found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
     checkpoint = None
     if found is not None:

@@ -89,6 +89,8 @@ class ModelConfig:
         norm_eps: epsilon of RMSNorm.
         rope_theta, rope_scaling: rotary base, and long-context scaling or None.
         tie_embeddings: the output head shares the embedding's weight.
+        qkv_bias: queries, keys and values have biases (Qwen2).
+        qk_norm: queries and keys are normalised per head before rotation (Qwen3).
         window: sliding-window layers attend so many tokens, themselves included; None for no such
             layer.
         full_every: layers n - 1, 2n - 1, ... of a model with a window attend whole documents;
@@ -110,6 +112,8 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     window: int | None = None
     full_every: int = 0
     max_seq_len: int = 131_072

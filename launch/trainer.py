@@ -28,13 +28,13 @@ from ringattn.launch.flops import flops_per_step
 from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
-from ringattn.launch.model import initial_weights
 from ringattn.launch.profile import StepProfiler
 from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
 from ringattn.launch.summary import write_summary
+from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
 
 _RNG = "rng/cpu"
@@ -57,7 +57,7 @@ class Trainer:
             session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout
         )
         torch.manual_seed(self.config.seed)
-        weights = initial_weights(job.shape, self.config.seed)
+        weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
         self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
