@@ -9,9 +9,9 @@ PyTorch's, which takes SDPA with a causal mask, and has no place for another), s
 `parallelism_config` is given and the mesh is made here; and the data loader, which would give each
 rank other samples, where the ranks of a cp group need the same ones.
 
-`transformers.Trainer` is not used. It draws other samples for every rank, makes the batch's
-arguments itself, and offers no hook between the two, so an attached model stops at its first
-layer for want of a plan.
+`transformers.Trainer` is not used. As it is, it gives every rank other samples and calls the model
+without plans, so that an attached model stops at its first layer, in one line. A subclass would
+have to replace its data loader, its batch preparation and the scale of its loss.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def main() -> None:
         optimizer.zero_grad()
         total = accelerator.reduce(loss.detach(), reduction="sum")
         accelerator.print(f"step {step + 1}  loss {float(total):.4f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # once nothing holds a group of its own

@@ -62,8 +62,8 @@ def main() -> None:
         total = parallel.sum(loss)
         if dist.get_rank() == 0:
             print(f"step {step + 1}  loss {float(total):.4f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # once nothing holds a group of its own
