@@ -14,12 +14,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 import ringattn as ra
 from ringattn.launch import trainer
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values, dump_config
-from ringattn.launch.engine import ReplicatedEngine
+from ringattn.launch.engine_deepspeed import DeepSpeedEngine
+from ringattn.launch.engine_replicated import ReplicatedEngine
 from ringattn.launch.feed import take_share
 from ringattn.launch.job import COMPUTE_DTYPES, open_job
 from ringattn.launch.metrics import METRICS_FILE, read_lines
@@ -108,11 +110,11 @@ def _divide_by_local_count() -> Any:
     def broken(self: Trainer, batch: Any, began: float) -> Any:
         backward = self.engine.backward
 
-        def local_mean(loss: torch.Tensor) -> None:
+        def local_mean(loss: torch.Tensor, *, last: bool) -> None:
             (micro,) = batch.micro
             share = take_share(micro, self.session.device)
             count = int((share.labels_BT != IGNORE).sum())
-            backward(loss * batch.valid_tokens / max(count, 1) / self.config.world)
+            backward(loss * batch.valid_tokens / max(count, 1) / self.config.world, last=last)
 
         with mock.patch.object(self.engine, "backward", local_mean):
             return step(self, batch, began)
@@ -130,6 +132,25 @@ def _average_gradients() -> Any:
             bucket /= dist.get_world_size()
 
     return mock.patch.object(GradientBuckets, "reduce", broken)
+
+
+def _average_sharded_gradients() -> Any:
+    """The mean over ranks that FSDP2 and DeepSpeed take when nothing else is said."""
+    backward, factor = DeepSpeedEngine.backward, FSDPModule.set_gradient_divide_factor
+
+    def mean(self: DeepSpeedEngine, loss: torch.Tensor, *, last: bool) -> None:
+        backward(self, loss / dist.get_world_size(), last=last)
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(DeepSpeedEngine, "backward", mean))
+    stack.enter_context(
+        mock.patch.object(
+            FSDPModule,
+            "set_gradient_divide_factor",
+            lambda self, _: factor(self, float(dist.get_world_size())),
+        )
+    )
+    return stack
 
 
 def _shift_after_sharding() -> Any:
@@ -190,6 +211,7 @@ def _clip_before_the_sum() -> Any:
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "divide by the local count": _divide_by_local_count,
     "average gradients": _average_gradients,
+    "average sharded gradients": _average_sharded_gradients,
     "shift after sharding": _shift_after_sharding,
     "local positions": _local_positions,
     "clip before the sum": _clip_before_the_sum,
