@@ -85,7 +85,7 @@ def open_engine(
         shape: the model.
         device: where this rank computes.
         mesh: the ranks.
-        weights: gives every parameter its first value.
+        weights: writes the first value of every parameter.
 
     Raises:
         UserError: DeepSpeed is not installed.

@@ -48,26 +48,27 @@ class DeepSpeedEngine:
         )
         self._world = mesh.world.size()
         self._mesh = mesh.world_mesh("cpu")
-        self._open = ExitStack()
-        deepspeed = self._open.enter_context(deepspeed_on(device, mesh.world))
-        with quiet():
-            if options.stage == 3:
-                self._model = build_sharded(deepspeed, lambda: Transformer(shape), options)
-            else:
-                self._model = _build(shape, device, options.dtype)
-            parallelize(self._model, config, mesh)
-            self._adamw = bare_optimizer(self._model, train)
-            self._engine = open_zero(deepspeed, self._model, self._adamw, options)
-        self._open.callback(self._engine.destroy)
-        self._state = ZeroState(self._engine, self._adamw, options.stage, mesh.rank)
-        add_states(self._adamw, self._state.flat)
-        self._state.link()
-        self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
-        for name, parameter in self._parameters.items():
-            whole = torch.empty(_shape_of(parameter))
-            weights(name, whole)
-            self._state.set(parameter, None, whole.to(device))
         self._holds_model = options.stage < 3
+        with ExitStack() as stack:
+            deepspeed = stack.enter_context(deepspeed_on(device, mesh.world))
+            with quiet():
+                if options.stage == 3:
+                    self._model = build_sharded(deepspeed, lambda: Transformer(shape), options)
+                else:
+                    self._model = _build(shape, device, options.dtype)
+                parallelize(self._model, config, mesh)
+                self._adamw = bare_optimizer(self._model, train)
+                self._engine = open_zero(deepspeed, self._model, self._adamw, options)
+            stack.callback(self._engine.destroy)
+            self._state = ZeroState(
+                self._engine, self._adamw, add_states, stage=options.stage, rank=mesh.rank
+            )
+            self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+            for name, parameter in self._parameters.items():
+                value = torch.empty(_shape_of(parameter))
+                weights(name, value)
+                self._state.set(parameter, None, value.to(device))
+            self._open = stack.pop_all()
 
     def loss_sum(
         self,

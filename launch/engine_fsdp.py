@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Fill, Transformer
+from ringattn.launch.model import Fill, Transformer, fill_all
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from ringattn.launch.parallelize import parallelize
@@ -36,13 +36,13 @@ class FsdpEngine:
     ) -> None:
         with torch.device("meta"):
             self._model = Transformer(shape)
+        assert not list(self._model.buffers()), "only parameters are filled after this"
         parallelize(self._model, config, mesh)
         on_host = config.parallel.offload == "parameters"
         self._model.to_empty(device=torch.device("cpu") if on_host else device)
         # Kept from here on: while parameters are gathered, the model names the gathered ones.
         self._shards = cast(dict[str, DTensor], dict(self._model.named_parameters()))
-        for name, shard in self._shards.items():
-            weights(name, shard)
+        fill_all(self._shards, weights)
         self._optimizer = build_optimizer(self._model, config.train)
         self._group = mesh.world
         self._clip_norm = config.train.clip_norm

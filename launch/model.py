@@ -9,7 +9,7 @@ V vocabulary. Parameter names are those of Hugging Face Llama checkpoints.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -101,8 +101,13 @@ def init_weights(model: Transformer, seed: int) -> None:
 
 def fill_weights(model: nn.Module, fill: Fill) -> None:
     """Fills every parameter of a `Transformer` in place, one after another."""
-    for name, parameter in model.named_parameters():
-        fill(name, parameter)
+    fill_all(dict(model.named_parameters()), fill)
+
+
+def fill_all(tensors: Mapping[str, torch.Tensor], fill: Fill) -> None:
+    """Fills tensors by name in place, one after another; of a `DTensor` this rank's shard."""
+    for name, tensor in tensors.items():
+        fill(name, tensor)
 
 
 def random_weights(cfg: ModelConfig, seed: int) -> Fill:

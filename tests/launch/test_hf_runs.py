@@ -21,7 +21,7 @@ from ringattn.launch.tokenizer import load_tokenizer
 from tests.launch.corpora import write_jsonl
 from tests.launch.hf_checkpoints import build, logits_of, save
 from tests.launch.test_data_tokenizer import hf_folder
-from tests.launch.training import tiny_values, train_pooled
+from tests.launch.training import assert_parity, tiny_values, train_pooled
 
 TOKENS = torch.arange(24)[None] % 10
 SHAPE_KEYS = ("model.layers", "model.dim", "model.heads", "model.kv_heads", "model.head_dim")
@@ -89,6 +89,15 @@ def test_train_and_export(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     errors = [line for line in lines if line.startswith("ringattn: ")]
     words = ["is not empty", "is not among the steps kept, [2]", "holds no model.json"]
     assert [word in line for word, line in zip(words, errors, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_load_their_shards(engine: str, corpus: Path, tmp_path: Path) -> None:
+    """Sharded engines start from the checkpoint's weights: the same loss and gradient norm."""
+    values = values_of(corpus, tmp_path / "run", save(build("qwen3"), tmp_path / "hf"))
+    (expected,) = train_pooled(values | {"train.steps": 1})
+    changed = {"train.steps": 1, "parallel.engine": engine, "run.dir": str(tmp_path / engine)}
+    assert_parity([expected], train_pooled(values | changed))
 
 
 def test_what_the_checkpoint_gives(corpus: Path, tmp_path: Path) -> None:
