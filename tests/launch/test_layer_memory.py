@@ -201,8 +201,9 @@ def test_memory_falls(one_rank: dist.ProcessGroup) -> None:
         return peak_bytes(forward, "cpu")
 
     peaks = {mode: peak(mode) for mode in MODES}
-    # Per token and layer, in floats: x 32, out 32, lse 4; half of the rows are cheap.
-    kept = 4 * length * deep.layers * 36
+    # Floats per token: out 32, lse 4; half of the rows are cheap. At the peak, in the last layer,
+    # that layer has its own in every mode.
+    kept = 4 * length * (deep.layers - 1) * 36
     assert 0.9 < (peaks["attention"] - peaks["full"]) / kept < 1.1
     assert 0.4 < (peaks["sequence"] - peaks["full"]) / kept < 0.6
     assert peaks["attention"] < peak("none", 64) < 0.6 * peaks["none"]
