@@ -1,5 +1,6 @@
 """What ``ringattn plan`` prices beyond one mask: layers with windows, and steps at many degrees."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,10 +97,17 @@ def kinds_table(kinds: list[LayerKind], packs: int) -> Iterator[str]:
 
 
 def degrees_json(config: Config, shape: ModelConfig, dataset: PackedDataset) -> dict[str, Any]:
-    """The schedule of the first step's packs, as plain values; seconds are of a whole step."""
+    """The schedule of the first step's packs, as plain values; seconds are of a whole step.
+
+    `planning_s` is what planning and pricing these packs took here: every rank's loader does it
+    for every step, beside the training.
+    """
     batches = Batches(dp=config.parallel.dp, accumulate=config.train.accumulate)
-    schedule = simulated_degrees(config, shape, dataset).price(batches.indices(0)).schedule
+    degrees = simulated_degrees(config, shape, dataset)
+    began = time.perf_counter()
+    schedule = degrees.price(batches.indices(0)).schedule
     return {
+        "planning_s": time.perf_counter() - began,
         "degrees": [entry.degree for entry in schedule.rounds],
         "step_s": schedule.seconds,
         "plain_step_s": schedule.plain_seconds,
@@ -110,10 +118,12 @@ def degrees_json(config: Config, shape: ModelConfig, dataset: PackedDataset) -> 
 def degrees_line(found: dict[str, Any], packs: int) -> str:
     """One sentence about `degrees_json`."""
     step, plain = 1e3 * found["step_s"], 1e3 * found["plain_step_s"]
-    rounds = format_degrees(found["degrees"])
+    planned = f"; planned in {found['planning_s']:.2g} s"
     if not found["gain"]:
-        return f"the first step's {packs} packs: no gain from fewer ranks per pack, {plain:.4g} ms"
-    return (
-        f"the first step's {packs} packs: rounds x degree {rounds}, {step:.4g} ms in place of "
-        f"{plain:.4g} ms ({100 * found['gain']:.1f} % less)"
-    )
+        text = f"no gain from fewer ranks per pack, {plain:.4g} ms"
+    else:
+        text = (
+            f"rounds x degree {format_degrees(found['degrees'])}, {step:.4g} ms in place of "
+            f"{plain:.4g} ms ({100 * found['gain']:.1f} % less)"
+        )
+    return f"the first step's {packs} packs: {text}{planned}"
