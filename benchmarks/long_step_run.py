@@ -19,11 +19,11 @@ from ringattn.launch.flops import flops_per_step
 from ringattn.launch.job import build_context
 from ringattn.launch.layers import Attend, LMHead
 from ringattn.launch.metrics import peak_flops
-from ringattn.launch.weights import weight_source
 from ringattn.launch.model_config import MODEL_SIZES, ModelConfig, model_config
 from ringattn.launch.packing import IGNORE
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import open_session
+from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
 
 OUT_OF_MEMORY = 42

@@ -12,7 +12,7 @@ from ringattn.launch.config import Config
 from ringattn.launch.degrees import StepSchedule, degrees_of, schedule_step
 from ringattn.launch.feed import LayerPlans, layer_masks
 from ringattn.launch.flops import matmul_parameters
-from ringattn.launch.job import Job, build_context
+from ringattn.launch.job import Job, build_degree
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.parallel.subgroups import run_of_ranks
@@ -110,12 +110,13 @@ def open_degrees(
         return None
     contexts = {config.parallel.cp: cp}
     for degree in degrees_of(config.parallel.cp, config.parallel.min_cp)[1:]:
-        contexts[degree] = build_context(config, shape, run_of_ranks(degree, timeout), staged)
+        group = run_of_ranks(degree, timeout)
+        contexts[degree] = build_degree(config, shape, degree, group, staged)
     return Degrees(job.train, contexts, shape, config.world, dist.get_rank())
 
 
 def simulated_degrees(config: Config, shape: ModelConfig, dataset: PackedDataset) -> Degrees:
     """As rank 0 of simulated ranks, to predict steps without running them."""
     found = degrees_of(config.parallel.cp, config.parallel.min_cp)
-    contexts = {degree: build_context(config, shape, degree) for degree in found}
+    contexts = {degree: build_degree(config, shape, degree) for degree in found}
     return Degrees(dataset, contexts, shape, config.world, 0)

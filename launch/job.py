@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ringattn.launch.checkpoint import (
     choose_checkpoint,
     read_state,
 )
-from ringattn.launch.config import Config
+from ringattn.launch.config import AttentionConfig, Config
 from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.degrees import degrees_of
@@ -157,6 +157,28 @@ def build_context(
     )
 
 
+def build_degree(
+    config: Config,
+    shape: ModelConfig,
+    degree: int,
+    group: dist.ProcessGroup | None = None,
+    staged: str | None = None,
+) -> ra.ContextParallel:
+    """As `build_context`, for a group of `degree` ranks, simulated ones unless it is given.
+
+    A rank that leaves its cp group has nothing to choose: alone, all methods are the same work.
+    """
+    if degree == 1 and config.parallel.cp > 1:
+        alone = AttentionConfig(
+            method="ring",
+            layout="contiguous",
+            kernel=config.attention.kernel,
+            cluster=config.attention.cluster,
+        )
+        config = replace(config, attention=alone)
+    return build_context(config, shape, group or degree, staged)
+
+
 def check_attention(
     config: Config, shape: ModelConfig, device_type: str, lengths: list[int]
 ) -> None:
@@ -188,7 +210,7 @@ def check_attention(
         raise UserError(f"attention: {error.what}", error.rule, error.fix) from None
     for degree in degrees_of(config.parallel.cp, config.parallel.min_cp):
         try:
-            build_context(config, shape, degree).plans(layer_masks(lengths, shape.windows))
+            build_degree(config, shape, degree).plans(layer_masks(lengths, shape.windows))
         except UserError as error:
             where = "" if degree == config.parallel.cp else f" on {degree} ranks (parallel.min_cp)"
             raise UserError(f"attention{where}: {error.what}", error.rule, error.fix) from None

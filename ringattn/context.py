@@ -107,7 +107,7 @@ class ContextParallel:
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
-        self._stacks: OrderedDict[str, dict[Mask, Plan]] = OrderedDict()
+        self._layouts: OrderedDict[str, Layout] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -173,9 +173,8 @@ class ContextParallel:
         if len(counts) == 1:
             return [self.plan(masks[0])] * len(masks)
         key = " ".join(f"{count}x{mask.key}" for mask, count in counts.items())
-        found = _cached(
-            self._lock, self._stacks, key, lambda: stack.plan_stack(counts, self._offers)
-        )
+        layout = _cached(self._lock, self._layouts, key, lambda: self._stack_layout(counts))
+        found = {mask: self.plan(mask, layout=layout) for mask in counts}
         return [found[mask] for mask in masks]
 
     def compare(
@@ -258,6 +257,13 @@ class ContextParallel:
         settings = like.settings
         options = self.options if settings.options is None else settings.options
         return self._problem(mask, like.layout).with_options(options, settings.wire)
+
+    def _stack_layout(self, counts: dict[Mask, int]) -> Layout:
+        return stack.choose_layout(
+            counts,
+            lambda mask: self._offers(mask, None),
+            lambda mask, layout: self.plan(mask, layout=layout),
+        )
 
     def _is_open(self) -> bool:
         """Whether there is anything to choose."""

@@ -14,9 +14,6 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.plan import Plan
 
-# The plans of a mask, the best first, each on another layout; on the given layout, one plan.
-Offers = Callable[[Mask, Layout | None], list[Plan]]
-
 
 def count_layers(masks: Sequence[Mask]) -> dict[Mask, int]:
     """Layers of each distinct mask, in order of first use.
@@ -44,46 +41,50 @@ def cost(plan: Plan) -> float:
     return nominal_cost((plan.forward, plan.backward)) if seconds is None else seconds
 
 
-def plan_stack(counts: dict[Mask, int], offers: Offers) -> dict[Mask, Plan]:
-    """One plan per distinct mask, all on the layout on which the whole stack costs least.
+def choose_layout(
+    counts: dict[Mask, int],
+    offers: Callable[[Mask], list[Plan]],
+    plan_on: Callable[[Mask, Layout], Plan],
+) -> Layout:
+    """The layout on which the whole stack costs least.
 
     Layouts are tried in the order of what they promise: a mask's cost there where that is known,
     its least cost where not. The search ends when no layout left promises less than the best.
 
     Args:
-        counts: layers of each mask. offers: plans a mask, freely or on a layout.
+        counts: layers of each mask.
+        offers: plans of a mask, the best first, each on another layout.
+        plan_on: plans a mask on a layout.
 
     Raises:
         UserError: no offered layout takes all masks.
     """
-    found = {mask: offers(mask, None) for mask in counts}
-    known = {mask: {p.layout.key: p for p in plans} for mask, plans in found.items()}
-    least = {mask: cost(plans[0]) for mask, plans in found.items()}
+    found = {mask: offers(mask) for mask in counts}
+    known = {mask: {p.layout.key: cost(p) for p in plans} for mask, plans in found.items()}
     # The mask with most work first: where layouts tie, its own wins.
     masks = sorted(counts, key=lambda mask: -counts[mask] * mask.area)
     places = {p.layout.key: p.layout for mask in masks for p in found[mask]}
 
     def promise(key: str) -> float:
-        costs = (cost(known[m][key]) if key in known[m] else least[m] for m in masks)
-        return sum(counts[m] * c for m, c in zip(masks, costs, strict=True))
+        least = (known[m].get(key, min(known[m].values())) for m in masks)
+        return sum(counts[m] * c for m, c in zip(masks, least, strict=True))
 
-    best: tuple[float, dict[Mask, Plan]] | None = None
+    best: tuple[float, Layout] | None = None
     refused: UserError | None = None
     for key in sorted(places, key=promise):
         if best is not None and promise(key) >= best[0]:
             break
         try:
-            plans = {m: known[m].get(key) or offers(m, places[key])[0] for m in masks}
+            total = 0.0
+            for m in masks:
+                there = known[m].get(key)
+                total += counts[m] * (cost(plan_on(m, places[key])) if there is None else there)
         except UserError as error:  # needs too much memory there
             refused = error
             continue
-        total = sum(counts[m] * cost(plan) for m, plan in plans.items())
         if best is None or total < best[0]:
-            best = total, plans
+            best = total, places[key]
     if best is None:
         assert refused is not None
         raise refused
-    first, *others = best[1].values()
-    for plan in others:
-        plan.layout = first.layout  # the same partition: one object says so
     return best[1]

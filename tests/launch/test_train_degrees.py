@@ -155,7 +155,9 @@ def test_refusals(overrides: dict[str, Any], says: str, tmp_path: Path) -> None:
 
 
 def test_settings_must_fit_every_degree(corpus: Path, tmp_path: Path) -> None:
+    """But for a rank alone, for which methods have no meaning."""
     found = values(corpus, tmp_path / "run", parallel__cp=4, parallel__min_cp=1)
     found |= {"attention.method": "usp", "attention.u": 2}
-    with pytest.raises(UserError, match=r"attention on 1 ranks \(parallel.min_cp\)"):
-        open_job(config_from_values(found), 4)
+    open_job(config_from_values(found), 4)
+    with pytest.raises(UserError, match=r"attention on 2 ranks \(parallel.min_cp\)"):
+        open_job(config_from_values(found | {"attention.u": 4}), 4)
