@@ -26,9 +26,12 @@ def example() -> ModuleType:
 
 
 def test_both_configurations_are_of_one_model(example: ModuleType) -> None:
-    first, second = (load_config(FOLDER / f"{name}.yaml") for name in ("pretrain", "extend"))
-    for config in (first, second):
+    names = ("lookup", "pretrain", "extend")
+    lookup, first, second = (load_config(FOLDER / f"{name}.yaml") for name in names)
+    for config in (lookup, first, second):
         check_config(config)
+    assert resolve_model(lookup, 257) == resolve_model(first, 257)
+    assert first.checkpoint.weights == lookup.run.dir
     scaled = load_config(FOLDER / "pretrain.yaml", example.SCALED)
     assert resolve_model(second, 257) == resolve_model(scaled, 257)
     assert replace(resolve_model(second, 257), rope_scaling=None) == resolve_model(first, 257)
@@ -46,7 +49,7 @@ def test_it_runs(example: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(example, "CORPORA", dict.fromkeys(example.CORPORA, small))
     monkeypatch.setattr(example, "LENGTHS", "300,600")
     example.make_corpora()
-    shrunk = {"pretrain": ["data.seq_len=128"], "extend": ["data.curriculum=[[0,128],[1,256]]"]}
+    shrunk = {"lookup": [], "pretrain": [], "extend": ["data.curriculum=[[0,128],[1,256]]"]}
     for name, overrides in shrunk.items():
         common = ["train.steps=2", "train.eval_packs=1", "train.warmup_steps=0"]
         config = load_config(FOLDER / f"{name}.yaml", [*overrides, *common])

@@ -22,11 +22,11 @@ DATA, RUNS = Path("data/extend_context"), Path("runs/extend_context")
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 # One key and one value character: what a model of 100,000 parameters learns in minutes.
 NEEDLE = [
-    "--statement", "\n@{key}={value}\n", "--question", "\n?{key}={value}\n",
+    "--statement", "\n@{key}={value}", "--question", "\n?{key}={value}",
     "--keys", SYMBOLS, "--key-length", "1", "--values", SYMBOLS, "--value-length", "1",
 ]  # fmt: skip
 CORPORA = {
-    "dense": ["--tokens", "4000000", "--shortest", "32", "--longest", "96", "--every", "1"],
+    "dense": ["--tokens", "2500000", "--shortest", "32", "--longest", "96", "--every", "0"],
     "short": ["--tokens", "2000000", "--shortest", "128", "--longest", "2048", "--every", "12"],
     "long": ["--tokens", "2000000", "--shortest", "2048", "--longest", "16384", "--every", "48"],
 }
@@ -98,8 +98,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_corpora()
-    run("train", str(HERE / "pretrain.yaml"))
-    run("train", str(HERE / "extend.yaml"))
+    for name in ("lookup", "pretrain", "extend"):
+        run("train", str(HERE / f"{name}.yaml"))
     found = {name: evaluate(name, arguments.samples, arguments.out) for name in TESTS}
     plot(found, arguments.out / "extension.png")
     print(f"wrote {arguments.out / 'extension.png'}")
