@@ -43,10 +43,12 @@ class NeedleCorpus:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "shortest", "every"):
-            if getattr(self, name) < 1:
+        for name, least in (("tokens", 1), ("shortest", 1), ("every", 0)):
+            if getattr(self, name) < least:
                 raise UserError(
-                    f"needles: {name}={getattr(self, name)}", "must be positive", "use 1 or more"
+                    f"needles: {name}={getattr(self, name)}",
+                    f"must be at least {least}",
+                    f"use {least} or more",
                 )
         if self.longest < self.shortest:
             raise UserError(

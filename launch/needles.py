@@ -102,12 +102,14 @@ class NeedleWriter:
         """A needle whose key is not taken, and takes it; None when no key was found."""
         fmt = self.fmt
         for _ in range(64):
-            key = "".join(self._rng.choice(list(fmt.keys), fmt.key_length))
+            key = self._text(fmt.keys, fmt.key_length)
             if key not in taken:
                 taken.add(key)
-                value = "".join(self._rng.choice(list(fmt.values), fmt.value_length))
-                return Needle(key, value)
+                return Needle(key, self._text(fmt.values, fmt.value_length))
         return None
+
+    def _text(self, characters: str, length: int) -> str:
+        return "".join(characters[i] for i in self._rng.integers(len(characters), size=length))
 
     def encode(self, template: str, needle: Needle) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of a template before the value, of the value, and after it."""
