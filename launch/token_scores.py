@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import ringattn as ra
 from ringattn.launch.data_loader import MicroBatch
-from ringattn.launch.feed import document_plan, take_share
+from ringattn.launch.feed import plan_maker, take_share
 from ringattn.launch.model import Transformer
 from ringattn.launch.packing import IGNORE
 
@@ -57,7 +57,7 @@ class Scorer:
             labels: int64 (S,), the next token, `packing.IGNORE` where not counted.
             lengths: documents of the sequence; attention stays inside them.
         """
-        plan = document_plan(self._cp, list(lengths))
+        plan = plan_maker(self._cp, self._model.cfg.windows)(list(lengths))
         share = take_share(MicroBatch(tokens, labels, list(lengths), plan, [0]), self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             hidden_BTC = self._model(share.tokens_BT, share.positions_T, share.attend, hidden=True)
