@@ -119,7 +119,7 @@ def _compare(rank: int, world: int, group: dist.ProcessGroup, cases: list[dict])
 
 
 def _cases_of(world: int) -> list[dict[str, Any]]:
-    """Compiling takes long: a few cases here, one of them a rank without tokens; `--full` has all."""
+    """Compiling takes long: few cases, one with a rank without tokens; `--full` has all."""
     wide = [c for c in CASES if c["train.compile"] and c["dtype"] == torch.float64]
     if world == 1:
         return wide
