@@ -1,46 +1,23 @@
-"""Replicated data parallelism: every rank holds the whole model, gradients are summed.
+"""What the trainer asks of an engine: the part of a run that owns weights, gradients, optimizer.
 
-An engine owns the model's parameters, gradients and optimizer; the trainer owns everything else.
-Another engine (sharded parameters, say) is another class with these methods.
+One file per engine: `engine_replicated` (``parallel.engine=ddp``), `engine_fsdp` and
+`engine_deepspeed`. All give the same losses and gradient norms, and read each other's checkpoints.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, init_weights
+from ringattn.launch.model import Transformer, WeightSource
 from ringattn.launch.model_config import ModelConfig
-from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
-from ringattn.parallel.grads import GradientBuckets
+from ringattn.parallel.mesh import TrainMesh
 
 
-class ReplicatedEngine:
-    """Model, gradients and AdamW, equal on every rank of `group`.
-
-    Args:
-        config: the run; its seed fills the weights.
-        shape: the model.
-        device: where parameters live.
-        group: the dp × cp ranks.
-
-    Attributes:
-        model: float32 parameters; ``train.dtype=bf16`` computes under autocast.
-    """
-
-    def __init__(
-        self, config: Config, shape: ModelConfig, device: torch.device, group: dist.ProcessGroup
-    ) -> None:
-        self.model = Transformer(shape)
-        init_weights(self.model, config.seed)
-        self.model.to(device)
-        self._optimizer = build_optimizer(self.model, config.train)
-        self._buckets = GradientBuckets(self.model.parameters(), group)
-        self._device, self._bf16 = device, config.train.dtype == "bf16"
-        self._clip_norm = config.train.clip_norm
+class Engine(Protocol):
+    """Model, gradients and AdamW of the dp × cp ranks. Every method is collective but `close`."""
 
     def loss_sum(
         self,
@@ -51,38 +28,74 @@ class ReplicatedEngine:
     ) -> torch.Tensor:
         """Summed cross entropy of this rank's tokens, a float32 scalar.
 
-        Every rank of the cp group calls it for the same sequence: `attend` communicates.
+        Every rank of the cp group calls it for the same sequence: `attend` communicates. Sharded
+        engines communicate over all ranks, without gradients too.
         """
-        with self._autocast():
-            return self.model(tokens_BT, positions_T, attend, labels_BT=labels_BT)
+        ...
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss`, already divided by the step's global token count."""
-        loss.backward()
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss`, already divided by the step's global token count.
+
+        Args:
+            loss: from `loss_sum`.
+            last: no other micro-batch follows before `step`.
+        """
+        ...
 
     def step(self, rate: float) -> torch.Tensor:
-        """Sums gradients over all ranks, clips, updates, clears. Every rank calls it.
+        """Sums gradients over all ranks, clips, updates with the learning rate, clears.
 
         Returns:
-            The global gradient norm before clipping, a scalar tensor.
+            The global L2 gradient norm before clipping, a scalar tensor.
         """
-        self._buckets.reduce()
-        norm = self._buckets.clip(self._clip_norm)
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.step()
-        self._buckets.zero()
-        return norm
+        ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors a checkpoint holds, by name: views, so loading into them restores the engine.
+        """What a checkpoint holds, by name: float32, plain or sharded (`DTensor`) tensors.
 
-        ``model/NAME`` are parameters and ``optimizer/NAME/STATE`` the moments. Names and shapes do
-        not depend on dp or cp.
+        ``model/NAME`` are parameters, ``optimizer/NAME/STATE`` AdamW's exp_avg, exp_avg_sq and
+        step. Names and global shapes depend neither on the engine nor on dp or cp.
         """
-        found = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
-        moments = optimizer_tensors(self.model, self._optimizer)
-        found.update({f"optimizer/{name}": value for name, value in moments.items()})
-        return found
+        ...
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+    def load(self, fill: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        """Restores a checkpoint: `fill` writes into tensors named as by `tensors`, in place."""
+        ...
+
+    def whole_model(self) -> Transformer | None:
+        """The model, where this rank holds all of it; else None. No communication."""
+        ...
+
+    def close(self) -> None:
+        """Releases hooks and process-wide state. No communication; may be called twice."""
+        ...
+
+
+def open_engine(
+    config: Config,
+    shape: ModelConfig,
+    device: torch.device,
+    mesh: TrainMesh,
+    weights: WeightSource,
+) -> Engine:
+    """The engine that ``parallel.engine`` names. Every rank calls it together.
+
+    Args:
+        config: the checked run.
+        shape: the model.
+        device: where this rank computes.
+        mesh: the ranks.
+        weights: first value of every parameter.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+    # Each is imported when it is wanted: FSDP takes long to import, DeepSpeed longer.
+    match config.parallel.engine:
+        case "fsdp":
+            from ringattn.launch.engine_fsdp import FsdpEngine as Chosen
+        case "deepspeed":
+            from ringattn.launch.engine_deepspeed import DeepSpeedEngine as Chosen
+        case "ddp":
+            from ringattn.launch.engine_replicated import ReplicatedEngine as Chosen
+    return Chosen(config, shape, device, mesh, weights)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.launch.engine import ReplicatedEngine
+from ringattn.launch.engine import Engine
 from ringattn.launch.feed import open_loader, take_share
 from ringattn.launch.metrics import EvalMetrics
 from ringattn.launch.packing import IGNORE, Batches, PackedDataset
@@ -34,7 +34,7 @@ class _Spread(Batches):
 
 @torch.no_grad()
 def evaluate(
-    engine: ReplicatedEngine,
+    engine: Engine,
     heldout: PackedDataset,
     cp: ra.ContextParallel,
     mesh: TrainMesh,

@@ -9,7 +9,7 @@ V vocabulary. Parameter names are those of Hugging Face Llama checkpoints.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -89,23 +89,39 @@ class Transformer(nn.Module):
         return hidden_BTC if hidden else self.lm_head(hidden_BTC, labels_BT)
 
 
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fills every parameter in place: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1.
+WeightSource = Callable[[str, torch.Size], torch.Tensor]
+"""(parameter name, shape) -> its value on the CPU. Called for one parameter at a time."""
+
+
+def initial_weights(cfg: ModelConfig, seed: int) -> WeightSource:
+    """First weights: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1; float32.
 
     Each parameter draws on the CPU from a generator seeded by (seed, its name), so values depend
     neither on the number of devices nor on the order of modules.
     """
-    residual = 0.02 / math.sqrt(2 * model.cfg.layers)
-    for name, parameter in model.named_parameters():
+    residual = 0.02 / math.sqrt(2 * cfg.layers)
+
+    def draw(name: str, shape: torch.Size) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-            continue
+            return torch.ones(shape)
         std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
         generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        values = torch.empty(parameter.shape, dtype=torch.float32)
-        values.normal_(0.0, std, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(values)
+        values = torch.empty(shape, dtype=torch.float32)
+        return values.normal_(0.0, std, generator=generator)
+
+    return draw
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, weights: WeightSource) -> None:
+    """Writes every parameter of an unsharded model, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights(name, parameter.shape))
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fills every parameter of an unsharded model with `initial_weights`, in place."""
+    fill_weights(model, initial_weights(model.cfg, seed))
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -17,12 +17,12 @@ from ringattn.launch.sample import generate
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 64, 200
 
 
-def write_summary(job: Job, model: Transformer, evaluation: EvalMetrics | None) -> None:
+def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics | None) -> None:
     """Writes loss.png and summary.json and prints the summary on stdout; for one rank.
 
     Args:
         job: the finished run.
-        model: its final weights.
+        model: its final weights; None where no rank holds all of them: then there is no text.
         evaluation: on the held-out split, None without one.
     """
     folder = Path(job.config.run.dir)
@@ -34,13 +34,15 @@ def write_summary(job: Job, model: Transformer, evaluation: EvalMetrics | None) 
             value = entropy.get(name)
             if value is not None:
                 losses[f"{name} entropy"] = value["nats"]
-    prompt, text = _sample(job, model)
+    prompt, text = ("", "") if model is None else _sample(job, model)
     plot_loss(folder, job.config.run.name or folder.name, entropy)
     lines = [f"finished {job.config.train.steps} steps"]
     lines += [
         f"  {name:<16}{v:8.4f} nats {v / math.log(2):8.4f} bits" for name, v in losses.items()
     ]
     lines += _sample_lines(prompt, text)
+    if model is None:
+        lines.append(f"  {'a sample':<16}ringattn sample {folder}")
     summary = {
         "step": job.config.train.steps,
         "nats": losses,

@@ -20,12 +20,13 @@ from ringattn.launch.checkpoint import (
     save_checkpoint,
 )
 from ringattn.launch.data_loader import StepBatch
-from ringattn.launch.engine import ReplicatedEngine
+from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
 from ringattn.launch.feed import causal_area, open_loader, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
+from ringattn.launch.model import initial_weights
 from ringattn.launch.profile import StepProfiler
 from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
@@ -54,7 +55,8 @@ class Trainer:
             session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout
         )
         torch.manual_seed(self.config.seed)
-        self.engine = ReplicatedEngine(self.config, job.shape, session.device, self.mesh.world)
+        weights = initial_weights(job.shape, self.config.seed)
+        self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
         self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
         self.start, origin = self._restore()
@@ -65,7 +67,13 @@ class Trainer:
         self._progress: ProgressLine | None = None
 
     def fit(self) -> None:
-        """Trains to ``train.steps``, evaluating, saving and reporting as configured."""
+        """Trains to ``train.steps``, evaluating, saving and reporting as configured; once."""
+        try:
+            self._fit()
+        finally:
+            self.engine.close()
+
+    def _fit(self) -> None:
         train = self.config.train
         if self.session.is_main:
             open_run_folder(self.job)
@@ -93,7 +101,7 @@ class Trainer:
                 if part is not None:
                     part.close()
         if self.session.is_main:
-            write_summary(self.job, self.engine.model, last_eval)
+            write_summary(self.job, self.engine.whole_model(), last_eval)
         self.session.barrier()
 
     def _train_step(self, batch: StepBatch[ra.Plan], began: float) -> StepMetrics:
@@ -102,12 +110,12 @@ class Trainer:
         valid = max(batch.valid_tokens, 1)
         # Loss sum and mask area of this rank; the area counts once per dp rank.
         sums = torch.zeros(2, dtype=torch.float64, device=self.session.device)
-        for micro in batch.micro:
+        for index, micro in enumerate(batch.micro):
             share = take_share(micro, self.session.device)
             loss = self.engine.loss_sum(
                 share.tokens_BT, share.labels_BT, share.positions_T, share.attend
             )
-            self.engine.backward(loss / valid)
+            self.engine.backward(loss / valid, last=index == len(batch.micro) - 1)
             sums[0] += loss.detach()
             if self.mesh.cp_rank == 0:
                 sums[1] += causal_area(micro.lengths)
@@ -197,7 +205,7 @@ class Trainer:
             return 0, 0
         path, state = self.job.checkpoint
         rng = torch.get_rng_state()
-        load_tensors(path, {**self.engine.tensors(), _RNG: rng})
+        self.engine.load(lambda tensors: load_tensors(path, {**tensors, _RNG: rng}))
         torch.set_rng_state(rng)
         return state.step, state.position
 

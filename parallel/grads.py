@@ -69,7 +69,7 @@ class GradientBuckets:
         Returns:
             The L2 norm before scaling, a scalar tensor on the gradients' device.
         """
-        norm = torch.linalg.vector_norm(torch.stack([b.norm() for b in self.buckets]))
+        norm = torch.linalg.vector_norm(torch.stack([exact_norm(b) for b in self.buckets])).float()
         if max_norm > 0:
             # No host synchronisation: the factor stays on the device.
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -81,6 +81,15 @@ class GradientBuckets:
         for parameter, view in zip(self._parameters, self._views, strict=True):
             if parameter.grad is None or parameter.grad.data_ptr() != view.data_ptr():
                 raise RuntimeError("a gradient left its bucket: clear gradients with zero() only")
+
+
+def exact_norm(values: torch.Tensor) -> torch.Tensor:
+    """L2 norm of float32 values, a float64 scalar.
+
+    In float32 the CPU adds squares one after another: 1e-5 is lost on a million of them, and how
+    much depends on how gradients are cut into buckets and shards.
+    """
+    return torch.linalg.vector_norm(values, dtype=torch.float64)
 
 
 def _split(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:

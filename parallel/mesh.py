@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-DP_AXIS, CP_AXIS = "dp", "cp"
+DP_AXIS, CP_AXIS, WORLD_AXIS = "dp", "cp", "dp_cp"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class TrainMesh:
     def cp_mesh(self) -> DeviceMesh:
         """The one-axis mesh of the ranks that share this rank's sequences."""
         return self.device_mesh[CP_AXIS]
+
+    def world_mesh(self, device_type: str | None = None) -> DeviceMesh:
+        """The one-axis mesh of all dp × cp ranks. No communication.
+
+        Args:
+            device_type: of the tensors that are sharded over it; None takes the mesh's own.
+        """
+        kind = device_type or self.device_mesh.device_type
+        return DeviceMesh.from_group(self.world, kind, mesh_dim_names=(WORLD_AXIS,))
 
     @property
     def rank(self) -> int:

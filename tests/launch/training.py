@@ -19,7 +19,7 @@ import ringattn as ra
 from ringattn.launch import trainer
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values, dump_config
-from ringattn.launch.engine import ReplicatedEngine
+from ringattn.launch.engine_replicated import ReplicatedEngine
 from ringattn.launch.feed import take_share
 from ringattn.launch.job import COMPUTE_DTYPES, open_job
 from ringattn.launch.metrics import METRICS_FILE, read_lines
@@ -108,11 +108,11 @@ def _divide_by_local_count() -> Any:
     def broken(self: Trainer, batch: Any, began: float) -> Any:
         backward = self.engine.backward
 
-        def local_mean(loss: torch.Tensor) -> None:
+        def local_mean(loss: torch.Tensor, *, last: bool) -> None:
             (micro,) = batch.micro
             share = take_share(micro, self.session.device)
             count = int((share.labels_BT != IGNORE).sum())
-            backward(loss * batch.valid_tokens / max(count, 1) / self.config.world)
+            backward(loss * batch.valid_tokens / max(count, 1) / self.config.world, last=last)
 
         with mock.patch.object(self.engine, "backward", local_mean):
             return step(self, batch, began)
