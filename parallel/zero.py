@@ -1,0 +1,185 @@
+"""DeepSpeed ZeRO on process groups that exist already, without noise.
+
+DeepSpeed is imported when it is wanted. It keeps state in its modules (accelerator, communication
+backend, group of all ranks) and reads environment variables; `deepspeed_on` sets both for as long
+as an engine lives, and puts them back.
+"""
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from ringattn.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOptions:
+    """How DeepSpeed shards.
+
+    Attributes:
+        stage: 1 shards the optimizer, 2 gradients too, 3 parameters too.
+        bf16: parameters are bfloat16 over float32 master weights; gradients add up and travel in
+            float32.
+        offload_optimizer, offload_parameters: these live in host memory; parameters in stage 3.
+        accumulate: backward passes per step.
+        clip_norm: as in `ringattn.launch.config.TrainConfig`.
+        compiled: parts of the model are compiled.
+    """
+
+    stage: int
+    bf16: bool
+    offload_optimizer: bool
+    offload_parameters: bool
+    accumulate: int
+    clip_norm: float
+    compiled: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's own configuration."""
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.stage == 3:
+            # Nothing stays gathered: every parameter is gathered with its layer and let go.
+            zero["stage3_param_persistence_threshold"] = 0
+            # Replaces `F.linear` by one that does not keep gathered weights for the backward. What
+            # a compiled layer keeps is the compiler's choice.
+            zero["memory_efficient_linear"] = not self.compiled
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_parameters:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.accumulate,
+            "gradient_clipping": self.clip_norm,
+            "steps_per_print": None,
+            "bf16": {"enabled": self.bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            # Updates in host memory are PyTorch's own: DeepSpeed's need a compiler at run time.
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero,
+        }
+
+
+@contextmanager
+def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[ModuleType]:
+    """DeepSpeed, imported and pointed at the device and the group of all ranks while inside.
+
+    Everything that makes or uses sharded modules or engines belongs inside. No communication.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    local = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
+    with _environment(local):
+        with quiet():
+            deepspeed, groups = _import()
+            accelerator = deepspeed.accelerator
+            if accelerator.get_accelerator().device_name() != device.type:
+                accelerator.set_accelerator(_accelerator(device.type))
+            # A group of its own would wait half an hour for a missing rank, whatever the run says.
+            groups._WORLD_GROUP = group
+            deepspeed.comm.init_distributed(
+                dist_backend=accelerator.get_accelerator().communication_backend_name(),
+                auto_mpi_discovery=False,
+                dist_init_required=False,
+            )
+        linear = F.linear
+        try:
+            yield deepspeed
+        finally:
+            F.linear = linear
+            groups._WORLD_GROUP = None
+            deepspeed.comm.comm.cdb = None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what is printed, and what is logged below errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def build_sharded(
+    deepspeed: ModuleType, make: Callable[[], nn.Module], options: ZeroOptions
+) -> nn.Module:
+    """A model whose parameters are sharded one module at a time while it is made (stage 3)."""
+    # It reads the dtype from the configuration; one given as an argument it may override.
+    with deepspeed.zero.Init(config_dict_or_path=options.config()):
+        return make()
+
+
+def mark_layers(layers: Iterable[nn.Module]) -> None:
+    """Makes DeepSpeed gather each of these modules as a whole, with no hooks inside."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+
+
+def open_zero(
+    deepspeed: ModuleType, model: nn.Module, optimizer: torch.optim.Optimizer, options: ZeroOptions
+) -> Any:
+    """The `deepspeed.DeepSpeedEngine` of a model. Every rank calls it; gradients become means."""
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config=options.config(), dist_init_required=False
+    )[0]
+
+
+def _import() -> tuple[ModuleType, Any]:
+    """DeepSpeed and its module of groups."""
+    try:
+        import deepspeed
+        import deepspeed.accelerator
+        from deepspeed.utils import groups
+    except ImportError:
+        raise UserError(
+            "parallel.engine=deepspeed",
+            "needs the package deepspeed",
+            "pip install 'ringattn[deepspeed]', or set parallel.engine=fsdp",
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed, groups
+
+
+def _accelerator(device_type: str) -> Any:
+    if device_type == "cuda":
+        from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator as Accelerator
+    else:
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as Accelerator
+    return Accelerator()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a moment: DeepSpeed has no other way to be told."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
