@@ -124,6 +124,11 @@ class MemoryConfig:
     offload: bool = False
     token_tile: int | None = None
 
+    @property
+    def recomputed(self) -> float | None:
+        """`recompute` where it applies."""
+        return self.recompute if self.checkpointing == "sequence" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:

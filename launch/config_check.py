@@ -1,7 +1,10 @@
 """Refuses configurations that cannot run, before any process starts."""
 
 import os
+import shutil
 from pathlib import Path
+
+import torch
 
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
@@ -59,6 +62,7 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     _check_profile(config)
     _check_run_dir(config.run.dir)
+    _check_memory(config)
     if config.parallel.cp > config.data.seq_len:
         raise UserError(
             f"parallel.cp={config.parallel.cp}",
@@ -137,6 +141,48 @@ def _check_profile(config: Config) -> None:
             f"must be START:STOP with 0 <= START < STOP <= train.steps={steps}",
             f"set e.g. train.profile={max(steps - 2, 0)}:{steps}",
         )
+
+
+def _check_memory(config: Config) -> None:
+    memory = config.memory
+    if not memory.recompute <= 1:
+        raise UserError(
+            f"memory.recompute={memory.recompute}",
+            "is a share of the attention forward, at most 1",
+            "set e.g. memory.recompute=0.25",
+        )
+    if memory.offload and memory.checkpointing == "none":
+        raise UserError(
+            "memory.offload=true",
+            "moves what checkpointing keeps, and memory.checkpointing=none has no checkpoints",
+            "set memory.checkpointing=full, attention or sequence",
+        )
+    if config.attention.save and memory.checkpointing == "sequence":
+        raise UserError(
+            "attention.save=true",
+            "keeps q, k and v of every head, more than memory.checkpointing=sequence can gain",
+            "set attention.save=false, or memory.checkpointing=attention",
+        )
+    if config.train.compile and _runs_on_cpu(config) and not _has_cpp_compiler():
+        raise UserError(
+            "train.compile=true",
+            "needs a C++ compiler to compile for the CPU, and none is found",
+            "install g++ or name one in CXX, or set train.compile=false",
+        )
+
+
+def _runs_on_cpu(config: Config) -> bool:
+    device = config.run.device
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def _has_cpp_compiler() -> bool:
+    """Whether one of the compilers that torch would try is on the path."""
+    from torch._inductor import config as inductor  # slow to import
+
+    names = inductor.cpp.cxx
+    names = names if isinstance(names, list | tuple) else (names,)
+    return any(name is not None and shutil.which(name) for name in names)
 
 
 def _check_run_dir(text: str) -> None:

@@ -8,6 +8,7 @@ import ringattn as ra
 from ringattn.launch.config import Config
 from ringattn.launch.data_loader import Loader, MicroBatch
 from ringattn.launch.packing import Batches, PackedDataset
+from ringattn.selective import cheap_part
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class PlanAttend:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `ringattn.attention`."""
         return ra.attention(q, k, v, self.plan)
+
+    def recalled(
+        self, recall: ra.Recall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """The same inside an activation checkpoint; see `ringattn.Recall`."""
+        return recall(q, k, v, self.plan)
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,19 @@ def open_loader(
     cp: ra.ContextParallel,
     dp_rank: int,
     steps: range,
+    recompute: float | None = None,
 ) -> Loader[ra.Plan]:
     """Reads the packs of `steps` in a thread and plans each one's document-causal attention.
 
-    Planning is host work without communication.
+    Planning is host work without communication. With `recompute`, the share of the attention
+    forward that may be computed again, plans of the rows that are cheap are made as well.
     """
 
     def make_plan(lengths: list[int]) -> ra.Plan:
-        return cp.plan(ra.masks.documents(lengths, causal=True))
+        plan = cp.plan(ra.masks.documents(lengths, causal=True))
+        if recompute is not None:
+            cheap_part(plan, recompute)
+        return plan
 
     return Loader(
         dataset,

@@ -1,6 +1,7 @@
 """Everything that is applied to the one-device model from outside, in one fixed order."""
 
 from ringattn.launch.config import Config
+from ringattn.launch.layer_memory import apply_memory
 from ringattn.launch.model import Transformer
 from ringattn.parallel.mesh import TrainMesh
 
@@ -19,8 +20,7 @@ def parallelize(model: Transformer, config: Config, mesh: TrainMesh) -> None:
         config: the run.
         mesh: the ranks. No communication for ddp and deepspeed.
     """
-    # 1. Layer memory and compilation.
-    # 2. Sharding.
+    apply_memory(model, config)
     parallel = config.parallel
     if parallel.engine == "fsdp":
         from ringattn.parallel.fsdp import shard_layers

@@ -82,7 +82,14 @@ class Trainer:
         self.session.barrier()
         steps = range(self.start, train.steps)
         trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
-        loader = open_loader(self.job.train, self.batches, self.cp, self.mesh.dp_rank, steps)
+        loader = open_loader(
+            self.job.train,
+            self.batches,
+            self.cp,
+            self.mesh.dp_rank,
+            steps,
+            self.config.memory.recomputed,
+        )
         last_eval = None
         try:
             with loader, StepProfiler(train.profile_steps, trace) as profiler:

@@ -7,6 +7,7 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import attention, route
 from ringattn.plan import Plan
+from ringattn.recall import Recall
 from ringattn.reference import reference
 from ringattn.simulate import Simulated, simulate
 from ringattn.verify import verify
@@ -19,6 +20,7 @@ __all__ = [
     "Mask",
     "Plan",
     "PlanError",
+    "Recall",
     "Simulated",
     "UserError",
     "attention",

@@ -19,7 +19,7 @@ from ringattn.methods.common import Problem
 from ringattn.parallel.fabric import Fabric, ProcessGroupFabric, backend_of
 from ringattn.parallel.staged import StagedFabric, check_staging
 from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
-from ringattn.plan import Plan
+from ringattn.plan import Plan, Settings
 
 PLANS_KEPT = 64
 
@@ -188,7 +188,9 @@ class ContextParallel:
     def _build(self, mask: Mask) -> Plan:
         if self.cluster is not None and self._is_open():
             best = self.compare(mask).best
-            return Plan(self, mask, best.layout, best.candidate.method, best.schedules)
+            candidate = best.candidate
+            settings = Settings(dict(candidate.options), candidate.wire)
+            return Plan(self, mask, best.layout, candidate.method, best.schedules, settings)
         layout, method, schedules = choice.choose(
             mask,
             self.world,
@@ -208,6 +210,12 @@ class ContextParallel:
                     "raise the limit, use more ranks or another method",
                 )
         return plan
+
+    def problem(self, mask: Mask, like: Plan) -> Problem:
+        """A mask posed on the layout of a plan, with the settings of its method. Host work."""
+        settings = like.settings
+        options = self.options if settings.options is None else settings.options
+        return self._problem(mask, like.layout).with_options(options, settings.wire)
 
     def _is_open(self) -> bool:
         """Whether there is anything to choose."""

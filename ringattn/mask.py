@@ -12,6 +12,7 @@ from ringattn.bands import BAND
 from ringattn.blocks import dense_group, restricted_area, row_area
 from ringattn.errors import UserError
 from ringattn.kernels.block_matrix import BlockMatrix
+from ringattn.tiles import crop_queries
 
 NO_MATRIX = -1
 ANY = 0  # query heads of a head group: an equal share of however many there are
@@ -152,6 +153,36 @@ class Mask:
             self.matrices,
             self.matrix[keep],
             self.routing,
+        )
+
+    def restrict_queries(self, ranges: np.ndarray) -> "Mask":
+        """The same mask for the queries of some ranges; the others attend nothing. Exact.
+
+        Args:
+            ranges: int64 (n, 2), rows [start, stop), sorted and disjoint; n may be 0.
+
+        Raises:
+            UserError: of blocks that are selected at run time, which are selected for all queries.
+        """
+        if self.routing is not None:
+            raise UserError(
+                f"mask {self.name} of some queries",
+                "blocks that are selected at run time are selected for all queries",
+                "keep the whole mask",
+            )
+        start, stop = np.asarray(ranges, dtype=np.int64).reshape(-1, 2).T
+        part, origin, _ = crop_queries(self.bands, start, stop)
+        tight, kept = band_ops.tighten(part)
+        tight.setflags(write=False)
+        origin = origin[kept]
+        return Mask(
+            self.seq_len,
+            tight,
+            f"{self.name} of some queries",
+            self.heads,
+            self.group[origin],
+            self.matrices,
+            self.matrix[origin],
         )
 
     @property

@@ -1,5 +1,6 @@
 """`Plan`: how a group of ranks attends one mask, and how a rank runs it."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,24 @@ from ringattn.operators import register
 from ringattn.parallel.fabric import Fabric
 from ringattn.program import Program, build_program
 from ringattn.routing_exchange import Router
-from ringattn.schedule import Channel, Direction, Schedule
+from ringattn.schedule import Channel, Direction, Schedule, Wire
 from ringattn.sharding import Unshard, take_shard
 from ringattn.workload import work_of
 
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was chosen for a plan generator; None leaves a setting to the context.
+
+    Attributes:
+        options: of the method. wire: dtype of travelling partial results.
+    """
+
+    options: dict[str, int] | None = None
+    wire: Wire | None = None
 
 
 class Plan:
@@ -34,6 +47,7 @@ class Plan:
         mask, layout: what attends what, and who owns what.
         method: name of the plan generator.
         forward, backward: `ringattn.schedule.Schedule`.
+        settings: of the plan generator, where they were chosen by predicted time.
         handle: the integer by which `ringattn::attention` finds the plan.
         saved_numel: elements that this rank keeps from forward to backward, per batch element.
     """
@@ -45,14 +59,17 @@ class Plan:
         layout: Layout,
         method: str,
         schedules: tuple[Schedule, Schedule],
+        settings: Settings | None = None,
     ) -> None:
         self.context, self.mask, self.layout, self.method = context, mask, layout, method
         self.forward, self.backward = schedules
+        self.settings = Settings() if settings is None else settings
         self.handle = register(self)
         self._programs: dict[tuple[str, int, str, str], Program] = {}
         self._chosen: dict[tuple[Any, ...], Program] = {}
         self._routers: dict[str, Router] = {}
         self._agreed = False
+        self.parts: dict[float, Any] = {}  # see `ringattn.selective`
         # A plain number, so that compiled code need not look into the tables.
         self.saved_numel = self.forward.saved_bytes(context.rank) // context.shapes.itemsize
 

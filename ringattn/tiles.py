@@ -23,11 +23,11 @@ MAX_TILES = 1 << 21
 _GROUP = 1 << 41  # larger than any token id, so that (group, token) orders as one integer
 
 
-def cropped_bands(
+def crop_queries(
     bands: np.ndarray, start: np.ndarray, stop: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The bands seen by the query rows of each range [start, stop), and which range; ranges sorted
-    and disjoint."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bands seen by the query rows of each range [start, stop), which band, which range;
+    ranges sorted and disjoint."""
     first = np.searchsorted(stop, bands["q0"], side="right")
     last = np.searchsorted(start, bands["q1"], side="left")
     which, chunk = expand_ranges(first, last)
@@ -35,6 +35,14 @@ def cropped_bands(
     low = np.maximum(part["q0"], start[chunk])
     part["q0"] += ceil_div(low - part["q0"], part["step"]) * part["step"]
     part["q1"] = np.minimum(part["q1"], stop[chunk])
+    return part, which, chunk
+
+
+def cropped_bands(
+    bands: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `crop_queries`, without which band."""
+    part, _, chunk = crop_queries(bands, start, stop)
     return part, chunk
 
 

@@ -12,39 +12,72 @@ from dataclasses import dataclass, field
 from ringattn.cost.ledger import Ledger
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor: its name, the bytes of its gradient, and whether its own bytes are booked here."""
+
+    name: str
+    nbytes: float
+    booked: bool = True
+
+    @property
+    def stored(self) -> float:
+        """Bytes that it takes itself."""
+        return self.nbytes if self.booked else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Op:
     """One differentiable operation; sizes in bytes.
 
     Attributes:
         takes: tensors that it reads and that get gradients.
-        makes: the tensor that it makes, and its size.
+        makes: the tensors that it makes.
         keeps: tensors among `takes` and `makes` that its backward reads.
         saves: what its backward needs beside those.
+        retains: what it leaves to a recomputation, whether or not a backward follows.
         holds: tensors that the caller still refers to while it runs.
         work, back_work: scratch of forward and backward, beyond operands and results.
+        leaves: gradients of weights that stay when its backward is done.
         shares: its backward hands the gradient that it gets to every operand, and allocates none
             (a sum); operands in `casts` get a copy of their own.
         casts: see `shares`.
     """
 
     takes: tuple[str, ...]
-    makes: tuple[str, float]
+    makes: tuple[Made, ...]
     keeps: tuple[str, ...] = ()
     saves: float = 0.0
+    retains: float = 0.0
     holds: tuple[str, ...] = ()
     work: float = 0.0
     back_work: float = 0.0
+    leaves: float = 0.0
     shares: bool = False
     casts: tuple[str, ...] = ()
 
 
-@dataclass
-class Played:
-    """A tape between its forward and its backward: what waits, and as which kind.
+@dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """The ledger's names for what a pass books.
 
     Attributes:
-        kind: of the ledger, under which the tensors are booked.
+        tensors: operands, results, scratch and what is kept. grads: gradients of tensors.
+        weights: gradients of weights. retained: see `Op.retains`.
+    """
+
+    tensors: str
+    grads: str
+    weights: str
+    retained: str
+
+
+@dataclass
+class Played:
+    """A tape between its forward and its backward.
+
+    Attributes:
+        kind: under which its tensors are booked.
         waiting: sizes of tensors that backwards need. readers: how many need each.
     """
 
@@ -55,74 +88,99 @@ class Played:
 
 @dataclass(frozen=True)
 class Tape:
-    """Operations in order; the first operands are the input, what the last makes is the output.
+    """Operations in order.
 
     Attributes:
-        ops: the operations.
-        given: name and size of the tensor that the tape is given.
+        ops: the operations; what the last one makes is the output.
+        given: the tensor that the first ones take.
     """
 
     ops: tuple[Op, ...]
-    given: tuple[str, float]
+    given: Made
 
     @property
-    def output(self) -> tuple[str, float]:
-        """Name and size of what the tape makes."""
-        return self.ops[-1].makes
+    def output(self) -> float:
+        """Bytes of what the tape makes."""
+        return sum(made.nbytes for made in self.ops[-1].makes)
 
     @property
-    def sizes(self) -> dict[str, float]:
-        """Bytes of every tensor."""
-        return dict((self.given, *(op.makes for op in self.ops)))
+    def weight_gradients(self) -> float:
+        """Bytes that a backward leaves."""
+        return sum(op.leaves for op in self.ops)
 
-    def forward(self, ledger: Ledger, kind: str, *, grad: bool, own_input: bool = True) -> Played:
-        """Plays the forward. The input is booked already under `kind`, and so is the output then.
+    @property
+    def retained(self) -> float:
+        """Bytes that a forward leaves to a recomputation."""
+        return sum(op.retains for op in self.ops)
+
+    @property
+    def _tensors(self) -> dict[str, Made]:
+        return {m.name: m for m in (self.given, *(m for op in self.ops for m in op.makes))}
+
+    def forward(
+        self, ledger: Ledger, kinds: Kinds, *, grad: bool, own_input: bool, stop: bool = False
+    ) -> Played:
+        """Plays the forward.
 
         Args:
             grad: keep what the backward needs.
-            own_input: the input goes when nothing needs it; else somebody else holds it.
+            own_input: the input is booked as `kinds.tensors` and goes when nothing needs it; else
+                somebody else holds it.
+            stop: end where the last tensor that a backward needs is there, as a checkpoint's
+                recomputation does; then no output is booked.
         """
-        played, sizes, uses = Played(kind), self.sizes, Counter[str]()
+        kind, tensors, uses = kinds.tensors, self._tensors, Counter[str]()
+        played = Played(kind)
         for op in self.ops:
             uses.update(op.takes + op.holds)
-            if grad:
-                played.readers.update(set(op.keeps))
-        stays = {self.output[0]} | (set() if own_input else {self.given[0]})
-        for op in self.ops:
-            ledger.add(kind, op.makes[1])
+            played.readers.update(set(op.keeps) if grad else ())
+        stays = {made.name for made in self.ops[-1].makes}
+        stays |= set() if own_input else {self.given.name}
+        last = max((i for i, op in enumerate(self.ops) if op.keeps or op.saves), default=0)
+        for op in self.ops[:last] if stop else self.ops:
+            ledger.add(kinds.retained, op.retains)
+            for made in op.makes:
+                ledger.add(kind, made.stored)
             ledger.touch(kind, op.work)
-            if grad:
-                ledger.add(kind, op.saves)
+            ledger.add(kind, op.saves if grad else 0.0)
             uses.subtract(op.takes + op.holds)
             for name in set(op.takes + op.holds):
                 if not uses[name] and name not in stays and not played.readers[name]:
-                    ledger.free(kind, sizes[name])
-        owned = {name for name, count in played.readers.items() if count} - stays
-        played.waiting = {name: sizes[name] for name in owned}
+                    ledger.free(kind, tensors[name].stored)
+        if stop:
+            for op in self.ops[last:]:
+                ledger.add(kind, op.saves)
+        kept = {name for name, count in played.readers.items() if count}
+        played.waiting = {name: tensors[name].stored for name in kept - stays}
         return played
 
-    def backward(self, ledger: Ledger, played: Played, kind: str) -> None:
-        """Plays the backward. The output's gradient is booked under `kind`; then the input's is."""
-        sizes, storage, owners = self.sizes, dict[str, str](), Counter[str]()
-        storage[self.output[0]] = self.output[0]
-        owners[self.output[0]] = 1
+    def backward(self, ledger: Ledger, kinds: Kinds, played: Played) -> None:
+        """Plays the backward: the output's gradient is booked as `kinds.grads`, then the input's.
+
+        What the forward retained stays for the caller to free, and so do gradients of weights.
+        """
+        tensors, kind = self._tensors, kinds.grads
+        place: dict[str, str] = {made.name: made.name for made in self.ops[-1].makes}
+        owners = Counter(place.values())
         for op in reversed(self.ops):
-            made = op.makes[0]
+            first = op.makes[0].name
             for name in op.takes:
-                if op.shares and name not in op.casts and name not in storage:
-                    storage[name] = storage[made]
-                    owners[storage[made]] += 1
-                elif name in storage:  # the second gradient of a tensor is added to the first
-                    ledger.touch(kind, 0.0 if op.shares else sizes[name])
+                if op.shares and name not in op.casts and name not in place:
+                    place[name] = place[first]
+                    owners[place[first]] += 1
+                elif name in place:  # the second gradient of a tensor is added to the first
+                    ledger.touch(kind, 0.0 if op.shares else tensors[name].nbytes)
                 else:
-                    storage[name] = name
+                    place[name] = name
                     owners[name] = 1
-                    ledger.add(kind, sizes[name])
+                    ledger.add(kind, tensors[name].nbytes)
+            ledger.add(kinds.weights, op.leaves)
             ledger.touch(kind, op.back_work)
-            place = storage.pop(made)
-            owners[place] -= 1
-            if not owners[place]:
-                ledger.free(kind, sizes[place])
+            for made in op.makes:
+                where = place.pop(made.name)
+                owners[where] -= 1
+                if not owners[where]:
+                    ledger.free(kind, tensors[where].nbytes)
             self._release(ledger, played, op)
 
     @staticmethod
