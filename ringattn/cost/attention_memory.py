@@ -1,5 +1,6 @@
 """Bytes that a plan's attention needs on one rank, as the executor and the kernels allocate them."""
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -13,6 +14,10 @@ WIDE = 4
 CPU_CALL_ROWS = 2048
 """Query rows of one call of the CPU kernel, and what it casts or lays out anew at once."""
 CPU_COPIES = 24 << 20
+CPU_OP_ROWS = 768
+"""Tiles with fewer query rows go to batched products in bfloat16's backward: numbers of their
+scratch, each twice in float32 and twice in bfloat16."""
+CPU_PRODUCTS = 1280 * 512
 
 
 def arena_bytes(schedule: Schedule, rank: int) -> int:
@@ -65,7 +70,12 @@ def _padded(nbytes: int) -> int:
 
 
 def attention_bytes(
-    schedules: tuple[Schedule, Schedule], rank: int, rows: int, *, kernel: str
+    schedules: tuple[Schedule, Schedule],
+    rank: int,
+    rows: int,
+    *,
+    kernel: str,
+    kept_rows: float = 1.0,
 ) -> AttentionBytes:
     """What a plan needs on a rank beside operands and results, for one batch element.
 
@@ -73,12 +83,16 @@ def attention_bytes(
         schedules: forward and backward. rank: whose.
         rows: tokens of the rank's shard.
         kernel: "cpu_flash", "triton", or any other name for the libraries' flash kernels.
+        kept_rows: see `AttentionBytes`.
     """
     shapes = schedules[0].shapes
     q, k = rows * shapes.q_heads, rows * shapes.kv_heads
     q_numbers, k_numbers = q * shapes.v_dim, k * shapes.v_dim
     item = shapes.itemsize
     forward, backward = kernel_bytes(kernel, rows, shapes.q_heads, q_numbers, k_numbers, item)
+    if kernel == "cpu_flash" and item < WIDE and longest_tile(schedules[1], rank) < CPU_OP_ROWS:
+        copies = min(2 * WIDE * (q_numbers + k_numbers), CPU_COPIES)
+        backward += copies * item / (2 * WIDE) + 2 * (WIDE + item) * CPU_PRODUCTS
     accumulators = WIDE * (q_numbers + 2 * k_numbers)
     # Results in the input dtype are booked by the layer; float32 ones are the accumulators.
     narrow = item < WIDE
@@ -89,7 +103,14 @@ def attention_bytes(
         saved=float(schedules[0].saved_bytes(rank)),
         forward=WIDE * q + forward + narrow * (WIDE - item) * q_numbers,
         backward=max(run, before - accumulators + WIDE * q),
+        kept_rows=kept_rows,
     )
+
+
+def longest_tile(schedule: Schedule, rank: int) -> int:
+    """Query rows of the longest tile that a rank computes."""
+    tasks = schedule.tasks[schedule.tasks["rank"] == rank]
+    return int(((tasks["q1"] - tasks["q0"]) // tasks["stride"]).max(initial=0))
 
 
 def kernel_bytes(
@@ -116,3 +137,14 @@ def kernel_bytes(
     forward = (item + WIDE) * q_numbers + 4 * statistics
     results = item * (q_numbers + 2 * k_numbers)
     return forward, 2 * item * q_numbers + results + WIDE * (q_numbers + 2 * k_numbers)
+
+
+def scaled(bytes_: AttentionBytes, factor: float) -> AttentionBytes:
+    """The bytes at `factor` times as many tokens: all of them are per token."""
+    return replace(
+        bytes_,
+        arena=bytes_.arena * factor,
+        saved=bytes_.saved * factor,
+        forward=bytes_.forward * factor,
+        backward=bytes_.backward * factor,
+    )

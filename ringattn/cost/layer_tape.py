@@ -154,7 +154,7 @@ def layer_tape(
         products = shape.layer_products - products
         outputs = (_tiled(tile, tile.outputs(), ("x", "out"), (out,), products, ops.tokens),)
     attention = _remembered(ops, bytes_, again=again)
-    return Tape(ops=(*inputs, attention, *outputs), given=ops.stream)
+    return Tape(ops=(*inputs, attention, *outputs), given=(ops.stream,))
 
 
 def _remembered(ops: LayerOps, bytes_: AttentionBytes, *, again: bool) -> Op:
@@ -189,7 +189,8 @@ def _tiled(
     Gradients of the weights are summed in float32 over the tiles, beside those of one tile.
     """
     settings = tile.settings
-    tape = Tape(ops=inner, given=tile.stream)
+    sizes = {"x": tile.stream, "out": Made("out", tile.e * tile.q)}
+    tape = Tape(ops=inner, given=tuple(sizes[name] for name in takes))
     forward, both = Ledger(), Ledger()
     tape.forward(forward, _SCRATCH, grad=False, own_input=False)
     played = tape.forward(both, _SCRATCH, grad=True, own_input=False)

@@ -16,16 +16,15 @@ class LossBytes:
     """What the output head with its loss allocates.
 
     Attributes:
-        kept: float32 gradients of hidden states and weight, from its forward to its backward.
-        work: one chunk: logits and their copies. hidden: the gradient of the hidden states.
-        weight_gradient: the head's, as autograd passes it on.
-        copy: narrow weight of the forward.
+        hidden_kept, weight_kept: float32 gradients of hidden states and weight, from its forward to
+            its backward.
+        work: one chunk of logits with their copies, and the narrow weight.
+        back_work: narrow copies of the gradients.
     """
 
     hidden_kept: float
     weight_kept: float
     work: float
-    copy: float
     back_work: float
 
 
@@ -39,11 +38,11 @@ def loss_bytes(shape: ModelShape, settings: StepSettings) -> LossBytes:
     if narrow:
         block = min(weight, BLOCK) if settings.device == "cpu" else 0
         work += 2 * rows * (classes + 2 * dim) + (2 + WIDE) * block
+        work += 2 * weight if settings.autocast else 0
     copies = 2 * (tokens * dim + weight) if settings.residual_bytes < WIDE else 0
     return LossBytes(
         hidden_kept=WIDE * tokens * dim,
         weight_kept=WIDE * weight,
         work=work,
-        copy=2 * weight if settings.autocast else 0.0,
         back_work=copies,
     )

@@ -11,16 +11,17 @@ MOMENTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Bytes that stay for the whole run, and those that come and go with a layer.
+    """Bytes that stay for the whole run, and those that come and go.
 
     Attributes:
-        parameters, gradients, optimizer: on the device.
+        parameters, gradients, optimizer: on the device between steps.
         host: in host memory.
-        layer, outer: a layer's gathered or cast weights while it is at work, and those outside of
-            the layers, for the whole step.
+        outer: gathered weights outside of the layers, from the first layer to the last backward.
+        layer: a layer's gathered weights, while it is at work. behind: buffer of a gather that is
+            there beside them, and until the next one.
         layer_kept: cast weights that a layer keeps from its forward to its backward.
-        layer_gradients, outer_gradients: beside `gradients`, while they are made and summed.
-        ahead: layers whose weights are gathered while another is at work.
+        layer_reduced, outer_reduced: buffer of a reduction, until the next one.
+        layer_shards, outer_shards: what a reduction leaves, until the optimizer step.
         update: scratch of the optimizer step.
     """
 
@@ -28,54 +29,59 @@ class States:
     gradients: float
     optimizer: float
     host: float = 0.0
-    layer: float = 0.0
     outer: float = 0.0
+    layer: float = 0.0
+    behind: float = 0.0
     layer_kept: float = 0.0
-    layer_gradients: float = 0.0
-    outer_gradients: float = 0.0
-    ahead: int = 0
+    layer_reduced: float = 0.0
+    outer_reduced: float = 0.0
+    layer_shards: float = 0.0
+    outer_shards: float = 0.0
     update: float = 0.0
 
 
 def states_of(shape: ModelShape, settings: StepSettings) -> States:
     """The states of an engine with these settings."""
-    return {"ddp": _replicated, "fsdp": _fully_sharded, "deepspeed": _zero}[settings.engine](
-        shape, settings
-    )
+    makers = {"ddp": _replicated, "fsdp": _fully_sharded, "deepspeed": _zero}
+    return makers[settings.engine](shape, settings)
 
 
 def _replicated(shape: ModelShape, settings: StepSettings) -> States:
     """Everything in float32 on every rank; autocast caches narrow weights of the forward."""
     whole = WIDE * shape.parameters
+    tiled = settings.token_tile is not None
     return States(
         parameters=whole,
         gradients=whole,
         optimizer=MOMENTS * whole,
-        layer_kept=NARROW * shape.layer_products if settings.autocast else 0.0,
+        layer_kept=NARROW * shape.layer_products if settings.autocast and not tiled else 0.0,
     )
 
 
 def _fully_sharded(shape: ModelShape, settings: StepSettings) -> States:
-    """`fully_shard`: float32 shards; layers are gathered in the compute dtype, the next one ahead.
+    """`fully_shard`: float32 shards; one layer at a time is gathered in the compute dtype.
 
-    A layer's gradients are made whole in the compute dtype, copied into one float32 buffer and
-    scattered as sums, while the next layer's are made.
+    A gather lands in a flat buffer that is copied into weights; the forward keeps it until the next
+    gather, the backward has the next layer's there ahead. A layer's gradients are copied into a
+    float32 buffer, which is summed and scattered, and stays until the next layer's.
     """
-    shard, item = WIDE * shape.parameters / settings.ranks, settings.compute_bytes
+    ranks, item = settings.ranks, settings.compute_bytes
+    shard = WIDE * shape.parameters / ranks
     offload = settings.offload == "parameters" and settings.device != "cpu"
     layer, outer = shape.layer_parameters, shape.outer_parameters
-    alone = settings.ranks == 1
-    gathered = 0.0 if alone and item == WIDE else 1.0
+    several = settings.micro_batches > 1
     return States(
         parameters=0.0 if offload else shard,
-        gradients=0.0 if offload else shard,
+        gradients=shard if several and not offload else 0.0,
         optimizer=0.0 if offload else MOMENTS * shard,
         host=(2 + MOMENTS) * shard if offload else 0.0,
-        layer=gathered * item * layer,
-        outer=gathered * item * outer,
-        layer_gradients=(item + WIDE) * layer,
-        outer_gradients=(item + WIDE) * outer,
-        ahead=1,
+        outer=item * outer,
+        layer=item * layer,
+        behind=item * layer if ranks > 1 else 0.0,
+        layer_reduced=WIDE * layer,
+        outer_reduced=WIDE * outer,
+        layer_shards=WIDE * layer / ranks if not several and not offload else 0.0,
+        outer_shards=WIDE * outer / ranks if not several and not offload else 0.0,
     )
 
 
@@ -87,7 +93,7 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
     host_optimizer = settings.offload != "none"
     host_weights = settings.offload == "parameters" and stage == 3
     weights = item * whole / (ranks if stage == 3 else 1)
-    grads = item * whole / (ranks if stage >= 2 else 1)
+    grads = WIDE * whole / (ranks if stage >= 2 else 1)
     optimizer = (1 + MOMENTS) * master
     return States(
         parameters=0.0 if host_weights else weights,
@@ -96,8 +102,8 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
         host=(optimizer if host_optimizer else 0.0) + (weights if host_weights else 0.0),
         layer=item * shape.layer_parameters if stage == 3 else 0.0,
         outer=item * shape.outer_parameters if stage == 3 else 0.0,
-        layer_gradients=item * shape.layer_parameters,
-        outer_gradients=item * shape.outer_parameters,
-        ahead=1 if stage == 3 else 0,
+        behind=item * shape.layer_parameters if stage == 3 else 0.0,
+        layer_reduced=item * shape.layer_parameters,
+        outer_reduced=item * shape.outer_parameters,
         update=0.0 if host_optimizer else master,
     )

@@ -118,9 +118,11 @@ class AttentionBytes:
         arena: slots beyond home and messages of both directions' larger one; stays allocated.
         saved: kept by each layer from its forward to its backward (``attention.save``).
         forward, backward: scratch of the kernels and of the operator, accumulators included.
+        kept_rows: share of the rank's rows whose output "sequence" checkpointing keeps.
     """
 
     arena: float = 0.0
     saved: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
+    kept_rows: float = 1.0

@@ -91,17 +91,23 @@ class Tape:
     """Operations in order.
 
     Attributes:
-        ops: the operations; what the last one makes is the output.
-        given: the tensor that the first ones take.
+        ops: the operations; what none of them takes is the output.
+        given: tensors that they are given.
     """
 
     ops: tuple[Op, ...]
-    given: Made
+    given: tuple[Made, ...]
 
     @property
     def output(self) -> float:
         """Bytes of what the tape makes."""
-        return sum(made.nbytes for made in self.ops[-1].makes)
+        return sum(self._tensors[name].nbytes for name in self._outputs)
+
+    @property
+    def _outputs(self) -> set[str]:
+        """Tensors that no operation takes."""
+        taken = {name for op in self.ops for name in op.takes}
+        return {made.name for op in self.ops for made in op.makes} - taken
 
     @property
     def weight_gradients(self) -> float:
@@ -115,7 +121,7 @@ class Tape:
 
     @property
     def _tensors(self) -> dict[str, Made]:
-        return {m.name: m for m in (self.given, *(m for op in self.ops for m in op.makes))}
+        return {m.name: m for m in (*self.given, *(m for op in self.ops for m in op.makes))}
 
     def forward(
         self, ledger: Ledger, kinds: Kinds, *, grad: bool, own_input: bool, stop: bool = False
@@ -124,7 +130,7 @@ class Tape:
 
         Args:
             grad: keep what the backward needs.
-            own_input: the input is booked as `kinds.tensors` and goes when nothing needs it; else
+            own_input: what is given is booked as `kinds.tensors` and goes when nothing needs it; else
                 somebody else holds it.
             stop: end where the last tensor that a backward needs is there, as a checkpoint's
                 recomputation does; then no output is booked.
@@ -134,33 +140,33 @@ class Tape:
         for op in self.ops:
             uses.update(op.takes + op.holds)
             played.readers.update(set(op.keeps) if grad else ())
-        stays = {made.name for made in self.ops[-1].makes}
-        stays |= set() if own_input else {self.given.name}
+        stays = self._outputs
+        stays |= set() if own_input else {made.name for made in self.given}
         last = max((i for i, op in enumerate(self.ops) if op.keeps or op.saves), default=0)
-        for op in self.ops[:last] if stop else self.ops:
-            ledger.add(kinds.retained, op.retains)
-            for made in op.makes:
-                ledger.add(kind, made.stored)
-            ledger.touch(kind, op.work)
+        there = {made.name for made in self.given}
+        for index, op in enumerate(self.ops):
+            if not stop or index < last:
+                ledger.add(kinds.retained, op.retains)
+                for made in op.makes:
+                    ledger.add(kind, made.stored)
+                    there.add(made.name)
+                ledger.touch(kind, op.work)
             ledger.add(kind, op.saves if grad else 0.0)
             uses.subtract(op.takes + op.holds)
-            for name in set(op.takes + op.holds):
-                if not uses[name] and name not in stays and not played.readers[name]:
+            for name in set(op.takes + op.holds) & there - stays:
+                if not uses[name] and not played.readers[name]:
                     ledger.free(kind, tensors[name].stored)
-        if stop:
-            for op in self.ops[last:]:
-                ledger.add(kind, op.saves)
         kept = {name for name, count in played.readers.items() if count}
         played.waiting = {name: tensors[name].stored for name in kept - stays}
         return played
 
     def backward(self, ledger: Ledger, kinds: Kinds, played: Played) -> None:
-        """Plays the backward: the output's gradient is booked as `kinds.grads`, then the input's.
+        """Plays the backward: the output's gradient is booked as `kinds.grads`, then those of what was given.
 
         What the forward retained stays for the caller to free, and so do gradients of weights.
         """
         tensors, kind = self._tensors, kinds.grads
-        place: dict[str, str] = {made.name: made.name for made in self.ops[-1].makes}
+        place: dict[str, str] = {name: name for name in self._outputs}
         owners = Counter(place.values())
         for op in reversed(self.ops):
             first = op.makes[0].name
