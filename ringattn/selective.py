@@ -3,8 +3,8 @@
 Sequence-level selective checkpointing (BurstEngine, arXiv 2509.19836) keeps the attention output of
 the second half of a causal sequence and computes the first half again, which is a quarter of the
 work for half of the memory. A mask being data, the same holds for any of them: rows are taken in
-the order of their allowed pairs until a share of the forward is spent, and the mask of these rows
-alone is planned on the same layout.
+the order of their allowed pairs until a share of the forward is spent, each rank its own, and the
+mask of these rows alone is planned on the same layout.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import torch
 from ringattn import methods
 from ringattn.cost import price
 from ringattn.errors import UserError
+from ringattn.layout import Layout
 from ringattn.mask import Mask
 from ringattn.schedule import Schedule
 
@@ -26,6 +27,7 @@ BLOCK = 128  # rows that a kernel handles at once: ranges are cut at multiples o
 FEWEST_CHUNKS = 64  # shorter sequences are cut finer
 MOST_CHUNKS = 1 << 13  # longer ones are cut coarser
 TRIALS = 6  # plans priced in search of the largest set of rows
+CLOSE = 1.05  # a share within 5 % is good enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +76,18 @@ def cheap_part(plan: "Plan", share: float) -> Part:
     return plan.parts[share]
 
 
-def cheap_rows(mask: Mask, share: float) -> np.ndarray:
+def cheap_rows(mask: Mask, share: float, layout: Layout | None = None) -> np.ndarray:
     """Rows with the fewest allowed pairs, as many as make up a share of the mask's area.
 
-    Rows are looked at in chunks of 128, or less for short sequences, cut also where bands begin and
-    end; the cheapest chunks come first, earlier ones on a tie.
+    With a layout each rank takes its own cheapest rows, up to the share of an equal part of the
+    area: all ranks then gain memory and none computes more than the others. Rows are looked at in
+    chunks of 128, or less for short sequences, cut also where bands and ranges of the layout begin
+    and end; a rank's cheapest chunks come first, earlier ones on a tie.
 
     Args:
         mask: for blocks selected at run time, no row counts as cheap.
         share: of `mask.area`, 0 to 1.
+        layout: who owns which rows; stripes count as one rank.
 
     Returns:
         int64 (n, 2), query rows [start, stop), sorted, disjoint and not adjoining.
@@ -90,8 +95,8 @@ def cheap_rows(mask: Mask, share: float) -> np.ndarray:
     _check_share(share)
     if mask.routing is not None:
         return np.empty((0, 2), dtype=np.int64)
-    start, stop, area, order = _cheapest_first(mask)
-    return _ranges(start, stop, order[: _count_within(area[order], share)])
+    chunks = _Chunks.of(mask, layout)
+    return chunks.within(share * chunks.mean)
 
 
 def _check_share(share: float) -> None:
@@ -99,13 +104,51 @@ def _check_share(share: float) -> None:
         raise UserError(f"share={share}", "must be in [0, 1]", "pass e.g. 0.25")
 
 
-def _count_within(area: np.ndarray, share: float) -> int:
-    """How many first chunks stay within the share; the sums are exact integers."""
-    return int(np.searchsorted(np.cumsum(area), int(share * int(area.sum())), side="right"))
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Chunks:
+    """Chunks of rows in sequence order, and by owner the order of their cost per row.
+
+    Attributes:
+        start, stop: rows. order: chunks by owner, an owner's cheapest first.
+        spent: allowed pairs of a chunk in `order` and those before it of the same owner.
+        mean, busiest: allowed pairs of an owner.
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    order: np.ndarray
+    spent: np.ndarray
+    mean: float
+    busiest: float
+
+    @staticmethod
+    def of(mask: Mask, layout: Layout | None) -> "_Chunks":
+        start, stop, owner = _cut(mask, layout)
+        area = mask.row_area(start, stop)
+        order = np.lexsort((area / (stop - start), owner))
+        total = np.cumsum(area[order])
+        ranked = owner[order]
+        first = np.searchsorted(ranked, ranked, side="left")
+        spent = total - (total - area[order])[first]
+        busiest = float(spent.max(initial=0))
+        world = 1 if layout is None or not _is_whole(layout) else layout.world
+        mean = float(area.sum()) / world
+        return _Chunks(
+            start=start, stop=stop, order=order, spent=spent, mean=mean, busiest=busiest
+        )
+
+    def within(self, budget: float) -> np.ndarray:
+        """The rows that each owner can afford, as ranges."""
+        return _ranges(self.start, self.stop, self.order[self.spent <= budget])
 
 
-def _cheapest_first(mask: Mask) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """start, stop and area of chunks in sequence order, and the order of their cost per row."""
+def _is_whole(layout: Layout) -> bool:
+    """Whether neighbouring tokens have one owner."""
+    return not (layout.ranges["step"] > 1).any()
+
+
+def _cut(mask: Mask, layout: Layout | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """start, stop and owner of chunks in sequence order."""
     length = mask.seq_len
     size = BLOCK
     while size > 1 and length < size * FEWEST_CHUNKS:
@@ -116,9 +159,12 @@ def _cheapest_first(mask: Mask) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     edges = np.unique(np.concatenate([mask.bands["q0"], mask.bands["q1"]]))
     if len(edges) <= max(len(cuts), FEWEST_CHUNKS):
         cuts = np.union1d(cuts, edges[edges < length])
-    start, stop = cuts, np.append(cuts[1:], length)
-    area = mask.row_area(start, stop)
-    return start, stop, area, np.argsort(area / (stop - start), kind="stable")
+    if layout is None or not _is_whole(layout):
+        return cuts, np.append(cuts[1:], length), np.zeros_like(cuts)
+    ranges = np.sort(layout.ranges, order="start")
+    cuts = np.union1d(cuts, ranges["start"])
+    owner = ranges["owner"][np.searchsorted(ranges["start"], cuts, side="right") - 1]
+    return cuts, np.append(cuts[1:], length), owner
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -137,41 +183,38 @@ def _inside(tokens: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def _build(plan: "Plan", share: float) -> Part:
-    ranges = cheap_rows(plan.mask, share)
-    spent = share
-    if plan.context.cluster is not None and plan.mask.routing is None:
+    mask = plan.mask
+    if plan.context.cluster is not None and mask.routing is None:
         ranges, spent = _largest_in_time(plan, share)
-    elif len(ranges):
-        area = plan.mask.row_area(ranges[:, 0], ranges[:, 1]).sum()
-        spent = float(area / max(plan.mask.area, 1))
-    if not len(ranges):
-        return Part(ranges, None, 0.0)
-    return Part(ranges, _plan_of(plan, ranges), spent)
+    else:
+        ranges = cheap_rows(mask, share, plan.layout)
+        spent = float(mask.row_area(*ranges.T).sum() / max(mask.area, 1))
+    return Part(ranges, _plan_of(plan, ranges) if len(ranges) else None, spent)
 
 
 def _largest_in_time(plan: "Plan", share: float) -> tuple[np.ndarray, float]:
-    """Ranges whose restricted forward is predicted to stay within the share, and that share.
+    """The most rows whose restricted forward is predicted to stay within the share, and its share.
 
-    More rows never take less time, or nearly so: halving finds how many.
+    What a rank may spend is scaled by the prediction, or halved where that leads nowhere.
     """
     cluster = plan.context.cluster
     assert cluster is not None
     kernel = plan.context.kernel if plan.context.kernel in cluster.kernels else None
-    whole = price(plan.forward, cluster, kernel).seconds
-    start, stop, area, order = _cheapest_first(plan.mask)
-    best, spent = _ranges(start, stop, order[:0]), 0.0
-    low, high = 0, len(order)
-    trial = len(order) if share == 1 else _count_within(area[order], share)
+    whole = max(price(plan.forward, cluster, kernel).seconds, 1e-30)
+    chunks = _Chunks.of(plan.mask, plan.layout)
+    low, high = 0.0, chunks.busiest
+    best, spent, budget = chunks.within(-1), 0.0, share * chunks.busiest
     for _ in range(TRIALS):
-        if not low < trial <= high:
-            break
-        ranges = _ranges(start, stop, order[:trial])
-        part = price(_forward(plan, ranges), cluster, kernel).seconds / max(whole, 1e-30)
+        ranges = chunks.within(budget)
+        part = price(_forward(plan, ranges), cluster, kernel).seconds / whole
         if part <= share:
-            best, spent, low = ranges, part, trial
+            best, spent, low = ranges, part, budget
         else:
-            high = trial - 1
-        trial = (low + high + 1) // 2
+            high = budget
+        if low >= high or (part <= share < part * CLOSE):
+            break
+        scaled = 0.98 * budget * share / part if part else high  # aims a little low
+        budget = scaled if low < scaled < high else (low + high) / 2
     return best, spent
 
 
@@ -186,5 +229,4 @@ def _plan_of(plan: "Plan", ranges: np.ndarray) -> "Plan":
     posed = plan.context.problem(mask, plan)
     method = methods.by_name(plan.method)
     schedules = method.forward(posed), method.backward(posed)
-    made = type(plan)(plan.context, mask, plan.layout, plan.method, schedules, plan.settings)
-    return made
+    return type(plan)(plan.context, mask, plan.layout, plan.method, schedules, plan.settings)
