@@ -10,6 +10,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_values
 from ringattn.launch.model_config import ModelConfig, model_config
+from ringattn.parallel.zero import require_deepspeed
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -61,6 +62,7 @@ def check_config(config: Config) -> None:
             )
     _check_schedule(config)
     _check_profile(config)
+    check_engine(config, shared_gpu=config.run.device == "cuda_shared")
     _check_run_dir(config.run.dir)
     _check_memory(config)
     if config.parallel.cp > config.data.seq_len:
@@ -92,6 +94,49 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         tie_embeddings=section.tie_embeddings,
         max_seq_len=None,
     )
+
+
+def check_engine(config: Config, *, shared_gpu: bool) -> None:
+    """Checks ``parallel.engine`` against offloading, the ZeRO stage and the device.
+
+    Args:
+        config: the run.
+        shared_gpu: ranks share a GPU, so that gloo carries their messages.
+
+    Raises:
+        UserError: an impossible combination, or DeepSpeed is not installed.
+    """
+    parallel = config.parallel
+    engine, offload, stage = parallel.engine, parallel.offload, parallel.zero_stage
+    if stage > 3:
+        raise UserError(
+            f"parallel.zero_stage={stage}", "must be 1, 2 or 3", "set parallel.zero_stage=3"
+        )
+    what = f"parallel.offload={offload}"
+    if engine == "ddp" and offload != "none":
+        raise UserError(
+            what, "needs a sharded engine", "set parallel.engine=deepspeed, or parallel.offload=none"
+        )
+    if engine == "fsdp" and offload == "optimizer":
+        raise UserError(
+            what,
+            "parallel.engine=fsdp keeps an optimizer where its parameters are",
+            "set parallel.offload=parameters, or parallel.engine=deepspeed",
+        )
+    if engine == "deepspeed" and offload == "parameters" and stage != 3:
+        raise UserError(
+            what,
+            f"needs sharded parameters, not parallel.zero_stage={stage}",
+            "set parallel.zero_stage=3, or parallel.offload=optimizer",
+        )
+    if engine != "ddp" and shared_gpu:
+        raise UserError(
+            f"parallel.engine={engine}",
+            "needs a GPU for each rank: gloo does not shard tensors of a GPU",
+            "set parallel.engine=ddp or run.device=cpu",
+        )
+    if engine == "deepspeed":
+        require_deepspeed()
 
 
 def check_world(config: Config, world: int) -> None:

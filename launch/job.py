@@ -21,7 +21,7 @@ from ringattn.launch.checkpoint import (
     read_state,
 )
 from ringattn.launch.config import Config
-from ringattn.launch.config_check import check_config, resolve_model
+from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
@@ -63,12 +63,13 @@ def open_job(config: Config, local_world: int) -> Job:
         UserError: naming key, value, rule and fix.
     """
     check_config(config)
-    device_type = place_ranks(config, local_world).device_type
+    placement = place_ranks(config, local_world)
+    check_engine(config, shared_gpu=placement.shared)
     meta = load_meta(config.data.path)
     shape = resolve_model(config, meta.vocab_size)
     path, seq_len, longest = config.data.path, config.data.seq_len, config.data.max_document
     train = PackedDataset(path, "train", seq_len, config.seed, max_document=longest)
-    check_attention(config, shape, device_type, train.pack(0).lengths)
+    check_attention(config, shape, placement.device_type, train.pack(0).lengths)
     heldout = None
     if meta.tokens("heldout"):
         heldout = PackedDataset(path, "heldout", seq_len, max_document=longest)

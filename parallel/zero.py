@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -76,6 +77,20 @@ class ZeroOptions:
         }
 
 
+def require_deepspeed() -> None:
+    """Refuses to go on without DeepSpeed; does not import it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.engine=deepspeed",
+            "needs the package deepspeed",
+            "pip install 'ringattn[deepspeed]', or set parallel.engine=fsdp",
+        )
+
+
 @contextmanager
 def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[ModuleType]:
     """DeepSpeed, imported and pointed at the device and the group of all ranks while inside.
@@ -85,11 +100,15 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
     Raises:
         UserError: it is not installed.
     """
+    require_deepspeed()
     local = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
     with _environment(local):
         with quiet():
-            deepspeed, groups = _import()
-            accelerator = deepspeed.accelerator
+            import deepspeed
+            from deepspeed import accelerator
+            from deepspeed.utils import groups
+
+            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
             if accelerator.get_accelerator().device_name() != device.type:
                 accelerator.set_accelerator(_accelerator(device.type))
             # A group of its own would wait half an hour for a missing rank, whatever the run says.
@@ -144,22 +163,6 @@ def open_zero(
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config=options.config(), dist_init_required=False
     )[0]
-
-
-def _import() -> tuple[ModuleType, Any]:
-    """DeepSpeed and its module of groups."""
-    try:
-        import deepspeed
-        import deepspeed.accelerator
-        from deepspeed.utils import groups
-    except ImportError:
-        raise UserError(
-            "parallel.engine=deepspeed",
-            "needs the package deepspeed",
-            "pip install 'ringattn[deepspeed]', or set parallel.engine=fsdp",
-        ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed, groups
 
 
 def _accelerator(device_type: str) -> Any:

@@ -14,11 +14,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 import ringattn as ra
 from ringattn.launch import trainer
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values, dump_config
+from ringattn.launch.engine_deepspeed import DeepSpeedEngine
 from ringattn.launch.engine_replicated import ReplicatedEngine
 from ringattn.launch.feed import take_share
 from ringattn.launch.job import COMPUTE_DTYPES, open_job
@@ -132,6 +134,25 @@ def _average_gradients() -> Any:
     return mock.patch.object(GradientBuckets, "reduce", broken)
 
 
+def _average_sharded_gradients() -> Any:
+    """The mean over ranks that FSDP2 and DeepSpeed take when nothing else is said."""
+    backward, factor = DeepSpeedEngine.backward, FSDPModule.set_gradient_divide_factor
+
+    def mean(self: DeepSpeedEngine, loss: torch.Tensor, *, last: bool) -> None:
+        backward(self, loss / dist.get_world_size(), last=last)
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(DeepSpeedEngine, "backward", mean))
+    stack.enter_context(
+        mock.patch.object(
+            FSDPModule,
+            "set_gradient_divide_factor",
+            lambda self, _: factor(self, float(dist.get_world_size())),
+        )
+    )
+    return stack
+
+
 def _shift_after_sharding() -> Any:
     """Labels shifted on the shard, so that the last token of each shard loses its label."""
 
@@ -190,6 +211,7 @@ def _clip_before_the_sum() -> Any:
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "divide by the local count": _divide_by_local_count,
     "average gradients": _average_gradients,
+    "average sharded gradients": _average_sharded_gradients,
     "shift after sharding": _shift_after_sharding,
     "local positions": _local_positions,
     "clip before the sum": _clip_before_the_sum,
