@@ -38,7 +38,7 @@ class Part:
         ranges: int64 (n, 2), query rows [start, stop) of the whole sequence, sorted, disjoint.
         plan: of the mask restricted to these rows, on the plan's layout; None if there are none.
         share: predicted part of the attention forward that it computes again: of the time where
-            the context has a cluster, else of the mask area.
+            the context has a cluster, else of the busiest rank's mask area.
     """
 
     ranges: np.ndarray
@@ -60,7 +60,7 @@ def cheap_part(plan: "Plan", share: float) -> Part:
     """The largest set of cheap rows that costs at most a share of the plan's forward.
 
     Cached in the plan; pure host work, equal on all ranks, so a data loader's thread may call it.
-    A set is priced where the context has a cluster; otherwise mask areas are compared. Nothing is
+    A set is priced where the context has a cluster; otherwise the ranks' mask areas are compared. Nothing is
     cheap in a mask whose blocks are selected at run time.
 
     Args:
@@ -79,8 +79,8 @@ def cheap_part(plan: "Plan", share: float) -> Part:
 def cheap_rows(mask: Mask, share: float, layout: Layout | None = None) -> np.ndarray:
     """Rows with the fewest allowed pairs, as many as make up a share of the mask's area.
 
-    With a layout each rank takes its own cheapest rows, up to the share of an equal part of the
-    area: all ranks then gain memory and none computes more than the others. Rows are looked at in
+    With a layout each rank takes its own cheapest rows, up to the share of the busiest rank's area:
+    every rank then gains what memory it can in that time. Rows are looked at in
     chunks of 128, or less for short sequences, cut also where bands and ranges of the layout begin
     and end; a rank's cheapest chunks come first, earlier ones on a tie.
 
@@ -96,7 +96,7 @@ def cheap_rows(mask: Mask, share: float, layout: Layout | None = None) -> np.nda
     if mask.routing is not None:
         return np.empty((0, 2), dtype=np.int64)
     chunks = _Chunks.of(mask, layout)
-    return chunks.within(share * chunks.mean)
+    return chunks.within(share * chunks.busiest)[0]
 
 
 def _check_share(share: float) -> None:
@@ -111,14 +111,13 @@ class _Chunks:
     Attributes:
         start, stop: rows. order: chunks by owner, an owner's cheapest first.
         spent: allowed pairs of a chunk in `order` and those before it of the same owner.
-        mean, busiest: allowed pairs of an owner.
+        busiest: most allowed pairs of an owner.
     """
 
     start: np.ndarray
     stop: np.ndarray
     order: np.ndarray
     spent: np.ndarray
-    mean: float
     busiest: float
 
     @staticmethod
@@ -131,15 +130,13 @@ class _Chunks:
         first = np.searchsorted(ranked, ranked, side="left")
         spent = total - (total - area[order])[first]
         busiest = float(spent.max(initial=0))
-        world = 1 if layout is None or not _is_whole(layout) else layout.world
-        mean = float(area.sum()) / world
-        return _Chunks(
-            start=start, stop=stop, order=order, spent=spent, mean=mean, busiest=busiest
-        )
+        return _Chunks(start=start, stop=stop, order=order, spent=spent, busiest=busiest)
 
-    def within(self, budget: float) -> np.ndarray:
-        """The rows that each owner can afford, as ranges."""
-        return _ranges(self.start, self.stop, self.order[self.spent <= budget])
+    def within(self, budget: float) -> tuple[np.ndarray, float]:
+        """The rows that each owner can afford, as ranges, and the most that one spends."""
+        chosen = self.spent <= budget
+        ranges = _ranges(self.start, self.stop, self.order[chosen])
+        return ranges, float(self.spent[chosen].max(initial=0))
 
 
 def _is_whole(layout: Layout) -> bool:
@@ -187,9 +184,17 @@ def _build(plan: "Plan", share: float) -> Part:
     if plan.context.cluster is not None and mask.routing is None:
         ranges, spent = _largest_in_time(plan, share)
     else:
-        ranges = cheap_rows(mask, share, plan.layout)
-        spent = float(mask.row_area(*ranges.T).sum() / max(mask.area, 1))
+        ranges, spent = _largest_in_area(plan, share)
     return Part(ranges, _plan_of(plan, ranges) if len(ranges) else None, spent)
+
+
+def _largest_in_area(plan: "Plan", share: float) -> tuple[np.ndarray, float]:
+    """The cheap rows, and the share of the busiest rank's area that a rank computes again."""
+    if plan.mask.routing is not None:
+        return cheap_rows(plan.mask, share), 0.0
+    chunks = _Chunks.of(plan.mask, plan.layout)
+    ranges, spent = chunks.within(share * chunks.busiest)
+    return ranges, spent / max(chunks.busiest, 1.0)
 
 
 def _largest_in_time(plan: "Plan", share: float) -> tuple[np.ndarray, float]:
@@ -203,9 +208,9 @@ def _largest_in_time(plan: "Plan", share: float) -> tuple[np.ndarray, float]:
     whole = max(price(plan.forward, cluster, kernel).seconds, 1e-30)
     chunks = _Chunks.of(plan.mask, plan.layout)
     low, high = 0.0, chunks.busiest
-    best, spent, budget = chunks.within(-1), 0.0, share * chunks.busiest
+    best, spent, budget = chunks.within(-1)[0], 0.0, share * chunks.busiest
     for _ in range(TRIALS):
-        ranges = chunks.within(budget)
+        ranges, _ = chunks.within(budget)
         part = price(_forward(plan, ranges), cluster, kernel).seconds / whole
         if part <= share:
             best, spent, low = ranges, part, budget
