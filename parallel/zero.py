@@ -8,6 +8,7 @@ as an engine lives, and puts them back.
 import io
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
     """
     require_deepspeed()
     local = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
-    with _environment(local):
+    with _environment(local), warnings.catch_warnings():
+        # It calls collectives by names that PyTorch is giving up.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         with quiet():
             import deepspeed
             from deepspeed import accelerator

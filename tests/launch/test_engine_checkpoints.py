@@ -1,0 +1,203 @@
+"""Checkpoints do not know which engine wrote them, nor on how many ranks."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from ringattn.launch.config_load import config_from_values
+from ringattn.launch.engine import open_engine
+from ringattn.launch.metrics import METRICS_FILE, read_lines
+from ringattn.launch.model import Transformer, init_weights, initial_weights
+from ringattn.launch.model_config import model_config
+from ringattn.launch.sample_run import sample_run
+from ringattn.parallel.mesh import build_mesh
+from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
+from tests.launch.test_engines import ENGINES
+from tests.launch.test_resume import comparable, stored_tensors
+from tests.launch.training import (
+    assert_parity,
+    command,
+    finish,
+    run_command,
+    tiny_values,
+    train_pooled,
+    uneven_corpus,
+    write_config,
+)
+from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
+
+pytestmark = pytest.mark.timeout(300)
+ALL: dict[str, dict[str, Any]] = {"ddp": {"parallel.engine": "ddp"}, **ENGINES}
+# Written by one engine on 2 ranks; read by the next one, on other ranks.
+READERS = {
+    "ddp": ("fsdp", {"parallel.cp": 4}),
+    "fsdp": ("zero 3", {"parallel.cp": 1}),
+    "zero 3": ("zero 1", {"parallel.cp": 4}),
+    "zero 1": ("zero 2", {"parallel.cp": 1}),
+    "zero 2": ("ddp", {"parallel.cp": 1}),
+}
+SHAPE = {
+    # A vocabulary and a width that no number of ranks divides.
+    "layers": 2, "dim": 36, "heads": 4, "kv_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uneven_corpus(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a run of 8 steps of an engine at cp = 2, saved after 4 and 8; made once."""
+
+    @functools.cache
+    def run(engine: str) -> Path:
+        folder = tmp_path_factory.mktemp("saved") / "run"
+        values = tiny_values(corpus, folder, parallel__cp=2, train__steps=8, checkpoint__every=4)
+        train_pooled(values | ALL[engine])
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_resumed_bitwise(engine: str, saved: Any, corpus: Path, tmp_path: Path) -> None:
+    """Nothing changed: the rest of the run, and all that is saved, are the same bits."""
+    source = saved(engine)
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=8)
+    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000004")}
+    got = train_pooled(values | ALL[engine])
+    assert comparable(got) == comparable(read_lines(source / METRICS_FILE)[4:])
+    expected = stored_tensors(source / "checkpoints" / "step-000008")
+    final = stored_tensors(tmp_path / "run" / "checkpoints" / "step-000008")
+    assert expected.keys() == final.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, final[name]), name
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_resumed_by_another_engine(engine: str, saved: Any, corpus: Path, tmp_path: Path) -> None:
+    reader, mesh = READERS[engine]
+    source = saved(engine)
+    values = tiny_values(corpus, tmp_path / "run", train__steps=8)
+    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000004")}
+    got = train_pooled(values | ALL[reader] | mesh)
+    assert_parity(read_lines(source / METRICS_FILE)[4:], got)
+
+
+def test_all_write_the_same(saved: Any) -> None:
+    """Names, shapes and dtypes; values up to the order of additions."""
+    expected = stored_tensors(saved("ddp") / "checkpoints" / "step-000004")
+    assert expected["optimizer/model.norm.weight/step"] == 4
+    for engine in ENGINES:
+        got = stored_tensors(saved(engine) / "checkpoints" / "step-000004")
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert got[name].shape == tensor.shape
+            assert got[name].dtype == tensor.dtype
+            if name != "rng/cpu":
+                torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero 3"])
+def test_sample_reads_what_shards_wrote(engine: str, saved: Any) -> None:
+    texts = []
+    for folder in (saved(engine), saved("ddp")):
+        parts: list[str] = []
+        sample_run(
+            folder, "the ", tokens=8, temperature=0.0, top_k=None, seed=0, write=parts.append
+        )
+        texts.append("".join(parts))
+    assert texts[0] == texts[1]
+
+
+def test_bfloat16_keeps_its_master_weights(corpus: Path, tmp_path: Path) -> None:
+    """A resumed run goes on from float32 weights, not from the rounded ones."""
+    for engine in ENGINES:
+        folder = tmp_path / engine.replace(" ", "")
+        values = tiny_values(
+            corpus, folder, parallel__cp=2, train__steps=6, train__dtype="bf16", checkpoint__every=3
+        )
+        values |= ENGINES[engine]
+        expected = train_pooled(values)
+        values |= {"run.dir": str(folder / "again")}
+        values |= {"checkpoint.resume": str(folder / "checkpoints" / "step-000003")}
+        assert comparable(train_pooled(values)) == comparable(expected[3:])
+        stored = stored_tensors(folder / "checkpoints" / "step-000006")
+        weight = stored["model/model.embed_tokens.weight"]
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def _engine_facts(rank: int, world: int, _group: Any, values: dict[str, Any]) -> Any:
+    """First weights by name, and how many elements this rank keeps."""
+    config = config_from_values(values)
+    shape = model_config("debug", vocab_size=257, **SHAPE)
+    mesh = build_mesh("cpu", dp=1, cp=world, timeout=COLLECTIVE_TIMEOUT)
+    drawn: list[int] = []
+    draw = initial_weights(shape, config.seed)
+
+    def weights(name: str, size: torch.Size) -> torch.Tensor:
+        drawn.append(size.numel())
+        return draw(name, size)
+
+    engine = open_engine(config, shape, torch.device("cpu"), mesh, weights)
+    whole, kept = {}, 0
+    for name, tensor in engine.tensors().items():
+        if name.startswith("model/"):
+            sharded = isinstance(tensor, DTensor)
+            kept += tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+            whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+            assert sharded == (config.parallel.engine != "ddp")
+    resident = sum(p.numel() for p in engine._model.parameters() if not isinstance(p, DTensor))
+    engine.close()
+    engine.close()
+    return whole, kept, resident, sum(drawn)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_first_weights(engine: str) -> None:
+    """The same draws, of which each rank keeps its part: no row is lost on odd shapes."""
+    model = Transformer(model_config("debug", vocab_size=257, **SHAPE))
+    init_weights(model, 5)
+    total = sum(p.numel() for p in model.parameters())
+    values = {"seed": 5, "parallel.cp": 4, **ENGINES[engine]}
+    facts = run_ranks(4, _engine_facts, values)
+    assert sum(kept for _, kept, _, _ in facts) == total
+    for whole, _, resident, drawn in facts:
+        assert drawn == total
+        assert resident == (total if engine in ("zero 1", "zero 2") else 0)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(whole[f"model/{name}"], parameter), name
+
+
+def _rows(rank: int, world: int, group: Any) -> None:
+    mesh = build_mesh("cpu", dp=world, cp=1, timeout=COLLECTIVE_TIMEOUT).world_mesh()
+    for count in (0, 1, 2, 3, 4, 9):
+        whole = torch.arange(2.0 * count).view(count, 2)
+        assert torch.equal(as_sharded(rows_of(whole, mesh), whole.shape, mesh).full_tensor(), whole)
+        assert empty_rows(whole.shape, mesh).to_local().shape == rows_of(whole, mesh).shape
+    dist.barrier(group=group)
+
+
+def test_rows() -> None:
+    run_ranks(4, _rows)
+
+
+def test_the_command_is_quiet(corpus: Path, tmp_path: Path) -> None:
+    """Two ranks of DeepSpeed print what any run prints; `sample` takes over from there."""
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=2)
+    config = write_config(tmp_path / "config.yaml", values | ENGINES["zero 3"])
+    code, out, err = run_command("train", str(config))
+    assert code == 0, err
+    assert f"ringattn sample {tmp_path / 'run'}" in out
+    for noise in ("DeepSpeed", "deepspeed", "WARNING", "Warning", "[INFO]"):
+        assert noise not in out + err, out + err
+    code, out, err = finish(command("sample", str(tmp_path / "run"), "--prompt", "the ", "--tokens", "4"))
+    assert code == 0, err
