@@ -7,6 +7,8 @@ from ringattn.cost.step_shapes import ModelShape, StepSettings
 WIDE, NARROW = 4, 2
 MOMENTS = 2
 """AdamW keeps as many numbers per weight."""
+ZERO_BUCKET = 500_000_000
+"""Numbers of DeepSpeed's buffer for gradients, whatever the size of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +21,11 @@ class States:
         outer: gathered weights outside of the layers, from the first layer to the last backward.
         layer: a layer's gathered weights, while it is at work. behind: buffer of a gather that is
             there beside them, and until the next one.
+        stays: a layer's gathered weights wait for the backward.
         layer_kept: cast weights that a layer keeps from its forward to its backward.
         layer_reduced, outer_reduced: buffer of a reduction, until the next one.
         layer_shards, outer_shards: what a reduction leaves, until the optimizer step.
+        bucket: buffer for gradients, from the first backward operation to the last.
         update: scratch of the optimizer step.
     """
 
@@ -32,11 +36,13 @@ class States:
     outer: float = 0.0
     layer: float = 0.0
     behind: float = 0.0
+    stays: bool = False
     layer_kept: float = 0.0
     layer_reduced: float = 0.0
     outer_reduced: float = 0.0
     layer_shards: float = 0.0
     outer_shards: float = 0.0
+    bucket: float = 0.0
     update: float = 0.0
 
 
@@ -78,6 +84,7 @@ def _fully_sharded(shape: ModelShape, settings: StepSettings) -> States:
         outer=item * outer,
         layer=item * layer,
         behind=item * layer if ranks > 1 else 0.0,
+        stays=not settings.reshard,
         layer_reduced=WIDE * layer,
         outer_reduced=WIDE * outer,
         layer_shards=WIDE * layer / ranks if not several and not offload else 0.0,
@@ -97,7 +104,8 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
     optimizer = (1 + MOMENTS) * master
     return States(
         parameters=0.0 if host_weights else weights,
-        gradients=grads,
+        gradients=grads + (WIDE * ZERO_BUCKET if stage == 3 else 0.0),
+        bucket=item * ZERO_BUCKET if stage == 2 or (stage == 1 and ranks > 1) else 0.0,
         optimizer=0.0 if host_optimizer else optimizer,
         host=(optimizer if host_optimizer else 0.0) + (weights if host_weights else 0.0),
         layer=item * shape.layer_parameters if stage == 3 else 0.0,

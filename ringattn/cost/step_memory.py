@@ -101,9 +101,11 @@ class _Player:
         ledger.add(KEPT, self.stream)  # the embedding's output
         layers = [self._forward(index) for index in range(shape.layers)]
         self._loss()
+        ledger.add(REDUCED, states.bucket)
         for index in reversed(range(shape.layers)):
             self._backward(index, layers[index])
         self._embedding()
+        ledger.free(REDUCED, states.bucket)
         ledger.free(INPUTS, inputs)
         ledger.moment = "optimizer"
         ledger.touch(OPTIMIZER, states.update)
@@ -121,7 +123,8 @@ class _Player:
             played = self.first.forward(ledger, _LAYER, grad=False, own_input=False)
             ledger.free(AT_WORK, self.first.output)
             ledger.add(KEPT, self.stream)
-        ledger.free(GATHERED, states.layer)
+        if not states.stays:
+            ledger.free(GATHERED, states.layer)
         return played
 
     def _let_go(self, index: int) -> None:
@@ -160,9 +163,8 @@ class _Player:
     def _backward(self, index: int, played: Played) -> None:
         ledger, states = self.ledger, self.states
         ledger.moment = "backward of a layer"
-        ledger.add(GATHERED, states.layer)
-        ahead = states.behind if index > 0 else 0.0
-        ledger.add(GATHERED, ahead)
+        ahead = states.behind if index > 0 and not states.stays else 0.0
+        ledger.add(GATHERED, ahead + (0.0 if states.stays else states.layer))
         tape, kinds = self.first, _WHOLE
         if not self.keeps_all:
             tape, kinds = self.again, _LAYER
