@@ -13,7 +13,10 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
 from ringattn.launch.corpus import load_meta
+from ringattn.launch.fit import FitModel
+from ringattn.launch.fit_report import fit_json, fit_table, recipe_comment
 from ringattn.launch.job import build_context
+from ringattn.launch.model_config import MODEL_SIZES, ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.plan_report import plan_json, plan_table
 from ringattn.masks import Mask
@@ -28,6 +31,8 @@ def plan(
     cluster: str | None = None,
     pictures: str | None = None,
     trace: str | None = None,
+    fit: bool = False,
+    comment: bool = False,
 ) -> int:
     """Prints what each way to run a configuration's attention is predicted to cost.
 
@@ -41,6 +46,8 @@ def plan(
             else cpu_gloo.
         pictures: folder for mask.png, work.png and timeline.png of the choice.
         trace: file for the choice's timeline as a Chrome trace.
+        fit: predict the memory and the time of a training step instead.
+        comment: print the comment that heads a shipped recipe instead.
 
     Raises:
         UserError: a configuration or cluster that cannot be planned, or a path that cannot be
@@ -49,9 +56,12 @@ def plan(
     check_config(config)
     name = cluster or config.attention.cluster or default_cluster()
     config = replace(config, attention=replace(config.attention, cluster=name))
-    mask, source, vocab_size = _mask(config)
+    mask, source, vocab_size = _mask(config, comment=comment)
     shape = resolve_model(config, vocab_size)
     context = build_context(config, shape, config.parallel.cp)
+    if fit or comment:
+        _print_fit(config, shape, context, mask, source, as_json=as_json, comment=comment)
+        return 0
     comparison = context.compare(mask, exhaustive=True)
     about = (
         f"{source}; {shape.heads}:{shape.kv_heads} heads of {shape.head_dim}, {config.train.dtype},"
@@ -72,27 +82,60 @@ def plan(
     return 0
 
 
+def _print_fit(
+    config: Config,
+    shape: ModelConfig,
+    context: ra.ContextParallel,
+    mask: Mask,
+    source: str,
+    *,
+    as_json: bool,
+    comment: bool,
+) -> None:
+    """The prediction for a training step with the attention that the planner chooses."""
+    assert context.cluster is not None
+    quote = context.compare(mask).best
+    model = FitModel(config, shape, context.cluster, context.plan(mask), quote)
+    found, name = model.fit(), str(config.attention.cluster)
+    if comment:
+        print("\n".join(recipe_comment(found, model, quote, name)))
+        return
+    about = f"{source}; {config.world} ranks, {quote.candidate}; cluster {name}"
+    print(about, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(fit_json(found, model), indent=1))
+    else:
+        print("\n".join(fit_table(found, model)))
+
+
 def default_cluster() -> str:
     """Name of the shipped cluster that is nearest to this machine."""
     return "h100_sxm" if torch.cuda.is_available() else "cpu_gloo"
 
 
-def _mask(config: Config) -> tuple[Mask, str, int]:
-    """The mask, what it is, and the vocabulary's size."""
+def _mask(config: Config, *, comment: bool = False) -> tuple[Mask, str, int]:
+    """The mask, what it is, and the vocabulary's size; a recipe's comment needs no corpus."""
     data = config.data
-    if not (Path(data.path) / "meta.json").is_file():
-        print(
-            f"data.path={data.path} is not prepared: planning a causal mask of {data.seq_len} "
-            "tokens",
-            file=sys.stderr,
-        )
-        return ra.masks.causal(data.seq_len), f"causal mask of {data.seq_len} tokens", 257
+    if comment or not (Path(data.path) / "meta.json").is_file():
+        if not comment:
+            print(
+                f"data.path={data.path} is not prepared: planning a causal mask of {data.seq_len} "
+                "tokens",
+                file=sys.stderr,
+            )
+        about = f"causal mask of {data.seq_len} tokens"
+        return ra.masks.causal(data.seq_len), about, _vocabulary(config)
     packs = PackedDataset(
         data.path, "train", data.seq_len, config.seed, max_document=data.max_document
     )
     lengths = packs.pack(0).lengths
     text = f"first pack of {data.path}: {len(lengths)} documents in {data.seq_len} tokens"
     return ra.masks.documents(lengths, causal=True), text, load_meta(data.path).vocab_size
+
+
+def _vocabulary(config: Config) -> int:
+    """Classes where there is no corpus: those of the named size, or of the checkpoint."""
+    return 1 if config.model.hf is not None else MODEL_SIZES[config.model.size].vocab_size
 
 
 def _write(

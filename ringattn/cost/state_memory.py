@@ -9,6 +9,8 @@ MOMENTS = 2
 """AdamW keeps as many numbers per weight."""
 ZERO_BUCKET = 500_000_000
 """Numbers of DeepSpeed's buffer for gradients, whatever the size of the model."""
+ZERO_LIVE = 1_000_000_000
+"""Weights that stage 3 leaves gathered, because they are needed again soon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +104,14 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
     weights = item * whole / (ranks if stage == 3 else 1)
     grads = WIDE * whole / (ranks if stage >= 2 else 1)
     optimizer = (1 + MOMENTS) * master
+    live = min(shape.layers * shape.layer_parameters, ZERO_LIVE)
     return States(
         parameters=0.0 if host_weights else weights,
         gradients=grads + (WIDE * ZERO_BUCKET if stage == 3 else 0.0),
-        bucket=item * ZERO_BUCKET if stage == 2 or (stage == 1 and ranks > 1) else 0.0,
+        bucket=item * ZERO_BUCKET if stage == 2 or (stage == 1 and item == WIDE) else 0.0,
         optimizer=0.0 if host_optimizer else optimizer,
         host=(optimizer if host_optimizer else 0.0) + (weights if host_weights else 0.0),
-        layer=item * shape.layer_parameters if stage == 3 else 0.0,
-        outer=item * shape.outer_parameters if stage == 3 else 0.0,
+        outer=item * (shape.outer_parameters + live) if stage == 3 else 0.0,
         behind=item * shape.layer_parameters if stage == 3 else 0.0,
         layer_reduced=item * shape.layer_parameters,
         outer_reduced=item * shape.outer_parameters,
