@@ -171,15 +171,15 @@ class FitModel:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low * self.unit
 
-    def fit(self) -> Fit:
-        """The configuration, and other ways to run it."""
+    def fit(self, *, others: bool = True) -> Fit:
+        """The configuration, and if wanted other ways to run it."""
         chosen = self.settings()
         config = self.config
         tokens = config.packs_per_step * config.data.seq_len
         area = float(config.packs_per_step * self.plan.mask.area)
         return Fit(
             chosen=self.option(chosen),
-            others=tuple(self.option(settings) for settings in self._others(chosen)),
+            others=tuple(self.option(settings) for settings in self._others(chosen) if others),
             usable=self.usable,
             usable_host=self.usable_host,
             tokens=tokens,

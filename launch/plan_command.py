@@ -95,8 +95,8 @@ def _print_fit(
     """The prediction for a training step with the attention that the planner chooses."""
     assert context.cluster is not None
     quote = context.compare(mask).best
-    model = FitModel(config, shape, context.cluster, context.plan(mask), quote)
-    found, name = model.fit(), str(config.attention.cluster)
+    model = FitModel(config, shape, context.cluster, context.plan_of(mask, quote), quote)
+    found, name = model.fit(others=not comment), str(config.attention.cluster)
     if comment:
         print("\n".join(recipe_comment(found, model, quote, name)))
         return

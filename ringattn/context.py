@@ -187,10 +187,7 @@ class ContextParallel:
 
     def _build(self, mask: Mask) -> Plan:
         if self.cluster is not None and self._is_open():
-            best = self.compare(mask).best
-            candidate = best.candidate
-            settings = Settings(dict(candidate.options), candidate.wire)
-            return Plan(self, mask, best.layout, candidate.method, best.schedules, settings)
+            return self.plan_of(mask, self.compare(mask).best)
         layout, method, schedules = choice.choose(
             mask,
             self.world,
@@ -210,6 +207,12 @@ class ContextParallel:
                     "raise the limit, use more ranks or another method",
                 )
         return plan
+
+    def plan_of(self, mask: Mask, quote: planner.Quote) -> Plan:
+        """The plan of one of the candidates that `compare` priced for a mask. Not cached."""
+        candidate = quote.candidate
+        settings = Settings(dict(candidate.options), candidate.wire)
+        return Plan(self, mask, quote.layout, candidate.method, quote.schedules, settings)
 
     def problem(self, mask: Mask, like: Plan) -> Problem:
         """A mask posed on the layout of a plan, with the settings of its method. Host work."""
