@@ -115,7 +115,9 @@ def check_engine(config: Config, *, shared_gpu: bool) -> None:
     what = f"parallel.offload={offload}"
     if engine == "ddp" and offload != "none":
         raise UserError(
-            what, "needs a sharded engine", "set parallel.engine=deepspeed, or parallel.offload=none"
+            what,
+            "needs a sharded engine",
+            "set parallel.engine=deepspeed, or parallel.offload=none",
         )
     if engine == "fsdp" and offload == "optimizer":
         raise UserError(

@@ -48,25 +48,26 @@ class DeepSpeedEngine:
         )
         self._world = mesh.world.size()
         self._mesh = mesh.world_mesh("cpu")
-        self._open = ExitStack()
-        deepspeed = self._open.enter_context(deepspeed_on(device, mesh.world))
-        with quiet():
-            if options.stage == 3:
-                self._model = build_sharded(deepspeed, lambda: Transformer(shape), options)
-            else:
-                self._model = _build(shape, device, options.dtype)
-            parallelize(self._model, config, mesh)
-            self._adamw = bare_optimizer(self._model, train)
-            self._engine = open_zero(deepspeed, self._model, self._adamw, options)
-        self._open.callback(self._engine.destroy)
-        self._state = ZeroState(self._engine, self._adamw, options.stage, mesh.rank)
-        add_states(self._adamw, self._state.flat)
-        self._state.link()
-        self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
-        for name, parameter in self._parameters.items():
-            value = weights(name, _shape_of(parameter))
-            self._state.set(parameter, None, value.to(device, torch.float32))
         self._holds_model = options.stage < 3
+        with ExitStack() as stack:
+            deepspeed = stack.enter_context(deepspeed_on(device, mesh.world))
+            with quiet():
+                if options.stage == 3:
+                    self._model = build_sharded(deepspeed, lambda: Transformer(shape), options)
+                else:
+                    self._model = _build(shape, device, options.dtype)
+                parallelize(self._model, config, mesh)
+                self._adamw = bare_optimizer(self._model, train)
+                self._engine = open_zero(deepspeed, self._model, self._adamw, options)
+            stack.callback(self._engine.destroy)
+            self._state = ZeroState(
+                self._engine, self._adamw, add_states, stage=options.stage, rank=mesh.rank
+            )
+            self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+            for name, parameter in self._parameters.items():
+                value = weights(name, _shape_of(parameter))
+                self._state.set(parameter, None, value.to(device, torch.float32))
+            self._open = stack.pop_all()
 
     def loss_sum(
         self,

@@ -36,6 +36,7 @@ class FsdpEngine:
     ) -> None:
         with torch.device("meta"):
             self._model = Transformer(shape)
+        assert not list(self._model.buffers()), "only parameters are filled after this"
         parallelize(self._model, config, mesh)
         on_host = config.parallel.offload == "parameters"
         self._model.to_empty(device=torch.device("cpu") if on_host else device)

@@ -59,7 +59,11 @@ class Trainer:
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
         self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
-        self.start, origin = self._restore()
+        try:
+            self.start, origin = self._restore()
+        except BaseException:
+            self.engine.close()
+            raise
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)

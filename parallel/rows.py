@@ -18,9 +18,7 @@ def rows_of(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 def as_sharded(rows: torch.Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
     """This rank's rows as a part of a tensor of `shape`. No copy, no communication."""
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def empty_rows(shape: torch.Size, mesh: DeviceMesh) -> DTensor:

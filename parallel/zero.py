@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ringattn.errors import UserError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,12 @@ class ZeroOptions:
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
-        zero: dict[str, Any] = {"stage": self.stage}
+        # Gradients travel in buckets of 200 MB, not of 2 GB.
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 50_000_000}
         if self.stage == 3:
             # Nothing stays gathered: every parameter is gathered with its layer and let go.
             zero["stage3_param_persistence_threshold"] = 0
+            zero["stage3_max_reuse_distance"] = 0
             # Replaces `F.linear` by one that does not keep gathered weights for the backward. What
             # a compiled layer keeps is the compiler's choice.
             zero["memory_efficient_linear"] = not self.compiled
@@ -108,16 +112,18 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         with quiet():
             import deepspeed
-            from deepspeed import accelerator
+            from deepspeed.accelerator import get_accelerator, set_accelerator
             from deepspeed.utils import groups
 
             logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-            if accelerator.get_accelerator().device_name() != device.type:
-                accelerator.set_accelerator(_accelerator(device.type))
+            accelerator: Any = get_accelerator()
+            if accelerator.device_name() != device.type:
+                accelerator = _accelerator(device.type)
+                set_accelerator(accelerator)
             # A group of its own would wait half an hour for a missing rank, whatever the run says.
             groups._WORLD_GROUP = group
             deepspeed.comm.init_distributed(
-                dist_backend=accelerator.get_accelerator().communication_backend_name(),
+                dist_backend=accelerator.communication_backend_name(),
                 auto_mpi_discovery=False,
                 dist_init_required=False,
             )
@@ -143,8 +149,8 @@ def quiet() -> Iterator[None]:
 
 
 def build_sharded(
-    deepspeed: ModuleType, make: Callable[[], nn.Module], options: ZeroOptions
-) -> nn.Module:
+    deepspeed: ModuleType, make: Callable[[], ModelT], options: ZeroOptions
+) -> ModelT:
     """A model whose parameters are sharded one module at a time while it is made (stage 3)."""
     # It reads the dtype from the configuration; one given as an argument it may override.
     with deepspeed.zero.Init(config_dict_or_path=options.config()):

@@ -1,5 +1,6 @@
 """Master weights and AdamW moments of a DeepSpeed ZeRO engine, parameter by parameter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,36 +10,43 @@ from torch import nn
 class ZeroState:
     """Reads and writes what DeepSpeed has sharded, one whole float32 parameter at a time.
 
-    AdamW gets its states here, so that they exist before the first step.
-
     Args:
         engine: a `deepspeed.DeepSpeedEngine` of ZeRO stage 1, 2 or 3.
-        adamw: the optimizer that it was given.
+        adamw: the optimizer that it was given; `add_states` gives its parameters their states.
+        add_states: called once, so that the states exist before the first step.
         stage: of ZeRO.
         rank: of this process among all.
     """
 
-    def __init__(self, engine: Any, adamw: torch.optim.AdamW, stage: int, rank: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        adamw: torch.optim.AdamW,
+        add_states: Callable[[torch.optim.AdamW, list[torch.Tensor]], None],
+        *,
+        stage: int,
+        rank: int,
+    ) -> None:
         self._adamw, self._sharded, self._rank = adamw, stage == 3, rank
         zero = engine.optimizer
         flat = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
         # Stage 1 of bfloat16 over float32 gradients is an optimizer class of its own.
-        self.flat: list[torch.Tensor] = getattr(zero, flat, None) or zero.fp32_groups_flat_partition
-        self._link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
-
-    def link(self) -> None:
-        """Tells DeepSpeed of states added to AdamW; it would look only after the first step."""
-        if self._link is not None:
-            self._link()
+        self._flat: list[torch.Tensor] = (
+            getattr(zero, flat, None) or zero.fp32_groups_flat_partition
+        )
+        add_states(adamw, self._flat)
+        # DeepSpeed looks for states only after the first step.
+        if stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
 
     @property
     def step(self) -> torch.Tensor:
         """Updates done, a float32 scalar."""
-        return self._adamw.state[self.flat[0]]["step"].detach().to("cpu", copy=True)
+        return self._adamw.state[self._flat[0]]["step"].detach().to("cpu", copy=True)
 
     @step.setter
     def step(self, value: torch.Tensor) -> None:
-        for flat in self.flat:
+        for flat in self._flat:
             self._adamw.state[flat]["step"].copy_(value)
 
     def get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
@@ -46,11 +54,14 @@ class ZeroState:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if key is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, key)
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None, "every parameter is trained"
+        return whole
 
     @torch.no_grad()
-    def set(self, parameter: nn.Parameter, key: str | None, whole: torch.Tensor) -> None:
+    def set(self, parameter: Any, key: str | None, whole: torch.Tensor) -> None:
         """Writes a whole master weight (None), and the weight computed with; or a moment.
 
         No communication: every rank gives the same tensor and keeps its part.

@@ -38,9 +38,7 @@ PRODUCT: dict[str, list] = {
     "clip": [1.0, 0.0],
 }
 CASES = pairwise(AXES, lambda case: case["cp"] * case["dp"] <= 4)
-MORE_CASES = [
-    dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())
-]
+MORE_CASES = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
 
 
 def allowed(case: dict[str, Any]) -> bool:
@@ -79,12 +77,16 @@ def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs of one replicated rank; each is made once."""
     runs: dict[Any, list[dict[str, Any]]] = {}
 
-    def run(packs: int, clip: float = 1.0, steps: int = STEPS) -> list[dict[str, Any]]:
-        key = (packs, clip, steps)
+    def run(
+        packs: int, clip: float = 1.0, steps: int = STEPS, tied: bool = True
+    ) -> list[dict[str, Any]]:
+        key = (packs, clip, steps, tied)
         if key not in runs:
             folder = tmp_path_factory.mktemp("one") / "run"
             values = tiny_values(corpus, folder, train__steps=steps, train__accumulate=packs)
-            runs[key] = train_pooled(values | {"train.clip_norm": clip})
+            runs[key] = train_pooled(
+                values | {"train.clip_norm": clip, "model.tie_embeddings": tied}
+            )
         return runs[key]
 
     return run
@@ -121,6 +123,14 @@ def test_parity_of_more(case: dict[str, Any], corpus: Path, one_rank: Any, tmp_p
     values = tiny_values(corpus, tmp_path / "run", train__steps=STEPS) | case_values(case)
     expected = one_rank(case["dp"] * case.get("accumulate", 1), case.get("clip", 1.0))
     assert_parity(expected, train_pooled(values))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_head_of_its_own(engine: str, corpus: Path, one_rank: Any, tmp_path: Path) -> None:
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=4)
+    values |= {"model.tie_embeddings": False}
+    got = train_pooled(values | ENGINES[engine])
+    assert_parity(one_rank(1, tied=False)[:4], got)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
