@@ -89,7 +89,7 @@ class CudaCopies:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
 
-    def event(self, lane: Lane) -> torch.cuda.Event:
+    def event(self, lane: Lane) -> Any:
         """An event recorded on the lane's stream."""
         return self.lanes[lane].record_event()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ringattn.parallel.host_memory import Copies, HostBuffers, HostBuffer, copies_for
+from ringattn.parallel.host_memory import Copies, HostBuffer, HostBuffers, copies_for
 
 MOVED = 1 << 10  # bytes; smaller tensors stay where they are
 

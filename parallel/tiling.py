@@ -90,7 +90,7 @@ class _Hold(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors[:moving])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: torch.Tensor):
         return None, None, None, *grads, *[None] * ctx.rest
 
 
@@ -109,7 +109,7 @@ class _Tiles(torch.autograd.Function):
         return outs
 
     @staticmethod
-    def backward(ctx: Any, *douts: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *douts: torch.Tensor):
         inputs, needs = ctx.held.saved_tensors, ctx.needs_input_grad[2:]
         parameters = [ctx.module.get_parameter(name) for name in ctx.names]
         wanted = [i for i, need in enumerate(needs) if need]

@@ -102,7 +102,8 @@ class Recall:
         if (part := self._part(plan)) is not None:
             rows = part.kept_rows(plan, q.device)
         kept = (out, lse) if rows is None else (out[:, rows], lse[:, rows])
-        self._kept = _Kept(rows, *map(self._put, kept), self._put(saved), blocks)
+        put = self._put
+        self._kept = _Kept(rows, put(kept[0]), put(kept[1]), put(saved), blocks)
         return out, lse, saved, blocks
 
     def _again(self, q, k, v, sinks, kept: _Kept, call):

@@ -60,8 +60,8 @@ def cheap_part(plan: "Plan", share: float) -> Part:
     """The largest set of cheap rows that costs at most a share of the plan's forward.
 
     Cached in the plan; pure host work, equal on all ranks, so a data loader's thread may call it.
-    A set is priced where the context has a cluster; otherwise the ranks' mask areas are compared. Nothing is
-    cheap in a mask whose blocks are selected at run time.
+    Sets are priced where the context has a cluster; otherwise the ranks' mask areas are compared.
+    Nothing is cheap in a mask whose blocks are selected at run time.
 
     Args:
         plan: of the whole mask.

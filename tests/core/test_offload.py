@@ -160,6 +160,10 @@ def test_mistakes_are_seen(mistake: str) -> None:
         "no wait for arrival": (offload._Entry, "get", get),
     }
     store = HostStore(LateCopies())
-    with mock.patch.object(*patches[mistake]), pytest.raises(AssertionError):
+
+    def steps() -> None:
         for _ in range(2):
             _backward(store, _forward(store))
+
+    with mock.patch.object(*patches[mistake]), pytest.raises(AssertionError):
+        steps()

@@ -1,6 +1,7 @@
 """Attention that a checkpoint remembers: gradients, how often it runs, what it keeps."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -50,6 +51,10 @@ def _run(plan: Plan, x: Inputs, attend: Any) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, plan.shard(x.dout))]
 
 
+def _plain(plan: Plan, softcap: float | None, q: Any, k: Any, v: Any, sinks: Any) -> torch.Tensor:
+    return ra.attention(q, k, v, plan, softcap=softcap, sinks=sinks)
+
+
 def _remembered(plan: Plan, x: Inputs, share: float) -> tuple[list[torch.Tensor], list[Plan]]:
     """Results by `Recall`, and the plans whose forward ran."""
     ran: list[Plan] = []
@@ -70,9 +75,7 @@ def _compare(rank: int, world: int, group: dist.ProcessGroup, names: list[str]) 
     for name in names:
         case = _case(name, world)
         plan, x = plan_of(case, group), inputs_of(case)
-        want = _run(
-            plan, x, lambda q, k, v, s: ra.attention(q, k, v, plan, softcap=x.softcap, sinks=s)
-        )
+        want = _run(plan, x, partial(_plain, plan, x.softcap))
         got, ran = _remembered(plan, x, 0.0)
         assert ran == [plan], "attention ran again"
         for what, a, b in zip(NAMES, want, got):
@@ -124,7 +127,7 @@ def _misplaced(rank: int, world: int, group: dist.ProcessGroup, mutate: bool) ->
     del rank
     case = _case("plain", world)
     plan, x = plan_of(case, group), inputs_of(case)
-    want = _run(plan, x, lambda q, k, v, s: ra.attention(q, k, v, plan))
+    want = _run(plan, x, partial(_plain, plan, None))
     recall = ra.Recall(share=0.3)
 
     def attend(q: Any, k: Any, v: Any, _: Any) -> Any:
