@@ -7,10 +7,8 @@ from ringattn.cost.step_shapes import ModelShape, StepSettings
 WIDE, NARROW = 4, 2
 MOMENTS = 2
 """AdamW keeps as many numbers per weight."""
-ZERO_BUCKET = 500_000_000
-"""Numbers of DeepSpeed's buffer for gradients, whatever the size of the model."""
-ZERO_LIVE = 1_000_000_000
-"""Weights that stage 3 leaves gathered, because they are needed again soon."""
+ZERO_BUCKET = 50_000_000
+"""Numbers of DeepSpeed's buffer for gradients, see `ringattn.parallel.zero`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +19,7 @@ class States:
         parameters, gradients, optimizer: on the device between steps.
         host: in host memory.
         outer: gathered weights outside of the layers, from the first layer to the last backward.
+        head: those of the output head, while it is at work.
         layer: a layer's gathered weights, while it is at work. behind: buffer of a gather that is
             there beside them, and until the next one.
         stays: a layer's gathered weights wait for the backward.
@@ -36,6 +35,7 @@ class States:
     optimizer: float
     host: float = 0.0
     outer: float = 0.0
+    head: float = 0.0
     layer: float = 0.0
     behind: float = 0.0
     stays: bool = False
@@ -104,14 +104,14 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
     weights = item * whole / (ranks if stage == 3 else 1)
     grads = WIDE * whole / (ranks if stage >= 2 else 1)
     optimizer = (1 + MOMENTS) * master
-    live = min(shape.layers * shape.layer_parameters, ZERO_LIVE)
     return States(
         parameters=0.0 if host_weights else weights,
         gradients=grads + (WIDE * ZERO_BUCKET if stage == 3 else 0.0),
         bucket=item * ZERO_BUCKET if stage == 2 or (stage == 1 and item == WIDE) else 0.0,
         optimizer=0.0 if host_optimizer else optimizer,
         host=(optimizer if host_optimizer else 0.0) + (weights if host_weights else 0.0),
-        outer=item * (shape.outer_parameters + live) if stage == 3 else 0.0,
+        layer=item * shape.layer_parameters if stage == 3 else 0.0,
+        head=item * shape.head_parameters if stage == 3 else 0.0,
         behind=item * shape.layer_parameters if stage == 3 else 0.0,
         layer_reduced=item * shape.layer_parameters,
         outer_reduced=item * shape.outer_parameters,

@@ -136,6 +136,7 @@ class _Player:
         """Final norm, head and loss, and their backward at once."""
         ledger, loss = self.ledger, loss_bytes(self.shape, self.settings)
         ledger.moment = "loss"
+        ledger.add(GATHERED, self.states.head)
         played = self.final.forward(ledger, _WHOLE, grad=True, own_input=True)
         hidden = self.final.output
         ledger.add(LOSS, loss.hidden_kept + loss.weight_kept)
@@ -146,6 +147,7 @@ class _Player:
             ledger.free(GATHERED, self.states.layer_kept * self.shape.layers)
         ledger.moment = "backward of the loss"
         ledger.touch(LOSS, loss.back_work)
+        ledger.free(GATHERED, self.states.head)
         # The gradient of the hidden states goes on. The weight's is added up: if tied, at the end.
         ledger.free(LOSS, loss.hidden_kept)
         ledger.add(AT_WORK, hidden)
