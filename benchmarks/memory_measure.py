@@ -118,9 +118,7 @@ def _measure(case: StepCase, device: torch.device) -> tuple[Measured, MemoryTrac
     (plan,) = kept
     kind = "cuda" if device.type == "cuda" else "cpu"
     found = predict_memory(config, shape, plan, mesh.cp_rank, kind)
-    measured = Measured(
-        measured=dict(trace.peaks), predicted=found.moments, peak=found.peak
-    )
+    measured = Measured(measured=dict(trace.peaks), predicted=found.moments, peak=found.peak)
     return measured, trace
 
 

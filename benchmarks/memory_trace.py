@@ -57,11 +57,11 @@ class MemoryTrace:
         live: dict[int, Allocation] = {}
         total = 0
         for at, pointer, size, path in sorted(events, key=lambda event: event[0]):
-            total += size
             if size > 0:
                 live[pointer] = Allocation(nbytes=size, path=path)
-            else:
-                live.pop(pointer, None)
+            elif live.pop(pointer, None) is None:
+                continue  # was there before
+            total += size
             for name, start, stop in spans:
                 if start <= at <= stop and total > self.peaks.get(name, 0):
                     self.peaks[name] = total

@@ -1,6 +1,6 @@
 """Writes what `ringattn plan --comment` predicts to the head of the shipped recipes.
 
-    python -m ringattn.benchmarks.recipe_comments
+python -m ringattn.benchmarks.recipe_comments
 """
 
 import contextlib

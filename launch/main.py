@@ -116,11 +116,13 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     only = plan.add_mutually_exclusive_group()
     only.add_argument(
-        "--fit", action="store_true",
+        "--fit",
+        action="store_true",
         help="predict memory and time of a training step, and the longest sequence that fits",
     )
     only.add_argument(
-        "--comment", action="store_true",
+        "--comment",
+        action="store_true",
         help="print the prediction as shipped configurations quote it",
     )
     plan.set_defaults(run=_plan)

@@ -72,9 +72,7 @@ def predict_memory(
 ) -> StepMemory:
     """Predicted bytes of a step on one of the cp ranks."""
     settings = step_settings(config, int(plan.layout.sizes[rank]), device)
-    return step_memory(
-        model_shape(shape), settings, plan_bytes(config, plan, rank, device)
-    )
+    return step_memory(model_shape(shape), settings, plan_bytes(config, plan, rank, device))
 
 
 def busiest_rank(plan: ra.Plan) -> int:

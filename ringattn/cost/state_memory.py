@@ -27,7 +27,7 @@ class States:
         layer_reduced, outer_reduced: buffer of a reduction, until the next one.
         layer_shards, outer_shards: what a reduction leaves, until the optimizer step.
         bucket: buffer for gradients, from the first backward operation to the last.
-        update: scratch of the optimizer step.
+        flush: copies that the last bucket's reduction makes. update: scratch of the optimizer step.
     """
 
     parameters: float
@@ -45,6 +45,7 @@ class States:
     layer_shards: float = 0.0
     outer_shards: float = 0.0
     bucket: float = 0.0
+    flush: float = 0.0
     update: float = 0.0
 
 
@@ -96,7 +97,7 @@ def _fully_sharded(shape: ModelShape, settings: StepSettings) -> States:
 
 def _zero(shape: ModelShape, settings: StepSettings) -> States:
     """DeepSpeed ZeRO: narrow weights, float32 masters and moments sharded from stage 1 on."""
-    item, ranks = settings.compute_bytes, settings.ranks
+    item, ranks, on_cpu = settings.compute_bytes, settings.ranks, settings.device == "cpu"
     whole, stage = shape.parameters, settings.zero_stage
     master = WIDE * whole / ranks
     host_optimizer = settings.offload != "none"
@@ -115,5 +116,6 @@ def _zero(shape: ModelShape, settings: StepSettings) -> States:
         behind=item * shape.layer_parameters if stage == 3 else 0.0,
         layer_reduced=item * shape.layer_parameters,
         outer_reduced=item * shape.outer_parameters,
+        flush=(WIDE + on_cpu * (WIDE if stage == 3 else item)) * min(whole, ZERO_BUCKET),
         update=0.0 if host_optimizer else master,
     )

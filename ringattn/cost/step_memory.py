@@ -40,9 +40,7 @@ class StepMemory:
     host: float
 
 
-def step_memory(
-    shape: ModelShape, settings: StepSettings, attention: AttentionBytes
-) -> StepMemory:
+def step_memory(shape: ModelShape, settings: StepSettings, attention: AttentionBytes) -> StepMemory:
     """Predicts a step from the second on, when optimizer states and buffers exist.
 
     Args:
@@ -205,8 +203,9 @@ class _Player:
         held = dense
         if shape.tied:
             ledger.free(REDUCED, dense)  # added to the head's
-        elif states.outer_reduced:
-            held = 2 * dense
+        elif self.settings.engine == "fsdp":
+            held = 2 * dense  # with the head's
         ledger.free(GATHERED, states.outer)
         self._reduce(held, states.outer_reduced, states.outer_shards, -1)
+        ledger.touch(REDUCED, states.flush)
         ledger.free(REDUCED, states.outer_reduced)

@@ -54,7 +54,7 @@ class ModelShape:
 
     @property
     def outer_parameters(self) -> int:
-        """Weights outside of the layers: embedding, final norm, and the head where it is its own."""
+        """Weights outside of the layers: embedding, final norm, and a head that is its own."""
         return self.head_parameters * (1 if self.tied else 2) + self.dim
 
     @property

@@ -130,8 +130,8 @@ class Tape:
 
         Args:
             grad: keep what the backward needs.
-            own_input: what is given is booked as `kinds.tensors` and goes when nothing needs it; else
-                somebody else holds it.
+            own_input: what is given is booked as `kinds.tensors` and goes when nothing needs it;
+                else somebody else holds it.
             stop: end where the last tensor that a backward needs is there, as a checkpoint's
                 recomputation does; then no output is booked.
         """
@@ -161,7 +161,8 @@ class Tape:
         return played
 
     def backward(self, ledger: Ledger, kinds: Kinds, played: Played) -> None:
-        """Plays the backward: the output's gradient is booked as `kinds.grads`, then those of what was given.
+        """Plays the backward. The output's gradient is booked as `kinds.grads` before it, and those
+        of what was given after it.
 
         What the forward retained stays for the caller to free, and so do gradients of weights.
         """
