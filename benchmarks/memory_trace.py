@@ -83,7 +83,7 @@ class _CudaPart:
 
 
 def _events(profiler: Any) -> tuple[list[tuple[int, int, int, tuple[str, ...]]], list[Any]]:
-    """(time, address, signed bytes, operators) of all allocations and frees; (part, start, stop)."""
+    """(time, address, signed bytes, operators) of allocations and frees; (part, start, stop)."""
     events, spans = [], []
     stack = [(e, ()) for e in profiler.profiler.kineto_results.experimental_event_tree()]
     while stack:

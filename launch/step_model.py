@@ -35,7 +35,6 @@ def step_settings(config: Config, tokens: int, device: Device) -> StepSettings:
     return StepSettings(
         tokens=tokens,
         ranks=config.world,
-        cp=parallel.cp,
         micro_batches=config.train.accumulate,
         bf16=config.train.dtype == "bf16",
         device=device,

@@ -1,4 +1,4 @@
-"""Bytes that a plan's attention needs on one rank, as the executor and the kernels allocate them."""
+"""Bytes that a plan's attention needs on a rank, as the executor and the kernels allocate them."""
 
 from dataclasses import replace
 from itertools import groupby

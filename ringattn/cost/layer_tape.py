@@ -160,8 +160,8 @@ def layer_tape(
 def _remembered(ops: LayerOps, bytes_: AttentionBytes, *, again: bool) -> Op:
     """The attention of a layer under its checkpointing mode.
 
-    With "attention" the output stays from the first forward on, and the recomputation finds it. With
-    "sequence" copies of some rows stay, and the others are computed again.
+    With "attention" the output stays from the first forward on, and the recomputation finds it.
+    With "sequence" copies of some rows stay, and the others are computed again.
     """
     op, mode = ops.attention(bytes_), ops.settings.checkpointing
     if mode not in ("attention", "sequence"):

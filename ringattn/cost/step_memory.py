@@ -75,7 +75,6 @@ class _Player:
         self.final = Tape(ops=(ops.norm("x", "norm_out"),), given=(ops.stream,))
         self.keeps_all = settings.checkpointing == "none"
         self.ledger, self.host = Ledger(), 0.0
-        self._offloaded: list[float] = []
         if settings.offload_kept:
             self.host = shape.layers * (self.stream + self.first.retained)
 
@@ -180,9 +179,8 @@ class _Player:
 
     def _fetch(self, index: int) -> None:
         """The layer's offloaded tensors are there, and the next one's are fetched."""
-        if self.settings.offload_kept and self.shape.layers - index > _AHEAD - 1 and index > 0:
-            if index <= self.shape.layers - _AHEAD:
-                self.ledger.add(KEPT, self.stream + self.first.retained)
+        if self.settings.offload_kept and 0 < index <= self.shape.layers - _AHEAD:
+            self.ledger.add(KEPT, self.stream + self.first.retained)
 
     def _reduce(self, made: float, buffer: float, shards: float, index: int) -> None:
         """Gradients on their way to their shards: the last buffer goes, a new one is filled."""

@@ -1,4 +1,4 @@
-"""What the memory and the time of a training step are predicted from: model, settings, attention."""
+"""What memory and time of a training step are predicted from: model, settings, attention."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -69,7 +69,7 @@ class StepSettings:
 
     Attributes:
         tokens: of one rank and micro-batch: its share of the sequence.
-        ranks: over which engines shard: dp × cp. cp: ranks that share a sequence.
+        ranks: over which engines shard: dp × cp.
         micro_batches: per optimizer step.
         bf16: compute in bfloat16, else float32.
         device: "cpu" or "cuda"; operators differ in what they keep.
@@ -80,7 +80,6 @@ class StepSettings:
 
     tokens: int
     ranks: int = 1
-    cp: int = 1
     micro_batches: int = 1
     bf16: bool = True
     device: Literal["cpu", "cuda"] = "cuda"
