@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ringattn-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint format bench clean
+.PHONY: help setup train extend test test-all lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,9 @@ setup: $(STAMP)  ## create the environment, or bring it up to date
 
 train: setup  ## train configs/demo.yaml: a small language model, its sequence over two ranks
 	$(VENV)/bin/ringattn train configs/demo.yaml $(ARGS)
+
+extend: setup  ## train a small model at 2K tokens, extend it to 16K, and draw what it retrieves
+	$(PY) docs/examples/extend_context/extend_context.py $(ARGS)
 
 test: setup  ## the tests that every change has to pass (under 20 minutes on 2 cores)
 	$(PY) -m pytest $(ARGS)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ringattn.errors import UserError
 from ringattn.launch.checkpoint_reader import SafeReader
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP = re.compile(r"step-(\d{6,})")
 _ANEW = "train anew with checkpoint.resume=never, or in another run.dir"
 
@@ -38,7 +38,7 @@ class CheckpointState:
     Attributes:
         format_version: `FORMAT_VERSION` of the writer.
         step: optimizer steps done.
-        position: packs of the training split read by them.
+        position: tokens of the training stream read by them.
         identity: dotted keys and values that a run must share to continue from here: the seed,
             the model's shape, the data.
         config: the writer's whole configuration, for people.

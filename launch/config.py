@@ -33,19 +33,45 @@ class DataConfig:
 
     Attributes:
         path: folder written by ``ringattn prepare``.
-        seq_len: tokens per packed sequence, shared by the cp ranks.
+        mixture: folders with their weights, such as {data/code: 0.7, data/books: 0.3}, read in
+            place of `path`: each supplies its share of the tokens. All need one tokenizer.
+        seq_len: tokens per packed sequence, shared by the cp ranks. With `curriculum` it is the
+            length of the held-out sequences alone.
+        curriculum: [step, tokens per sequence] pairs such as [[0, 2048], [200, 8192]]: from that
+            step on, training sequences have that length.
         source: what to prepare `path` from when it does not exist: a file, a folder, or "stdlib"
             (the Python standard library's own source). null: `path` must exist.
         tokenizer: tokenizer used for that preparation: "bytes" or a Hugging Face folder.
         max_document: longer documents are cut into documents of at most so many tokens when they
             are packed; null keeps them whole. Cutting makes the packs of a short run more alike.
+        long_document, long_repeats: training documents of at least long_document tokens occur
+            long_repeats times in every epoch of their corpus, shorter ones once.
     """
 
     path: str = "data/stdlib"
+    mixture: dict[str, float] | None = None
     seq_len: int = 8192
+    curriculum: tuple[tuple[int, int], ...] | None = None
     source: str | None = None
     tokenizer: str = "bytes"
     max_document: int | None = None
+    long_document: int | None = None
+    long_repeats: int = 1
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """(step, tokens of a training sequence from that step on), the first from step 0."""
+        return self.curriculum or ((0, self.seq_len),)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, training and held out."""
+        return max(self.seq_len, *(length for _, length in self.stages))
+
+    @property
+    def corpora(self) -> list[tuple[str, float]]:
+        """Folder and weight of every corpus."""
+        return list(self.mixture.items()) if self.mixture else [(self.path, 1.0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +238,15 @@ class CheckpointConfig:
         every: steps between checkpoints; 0 saves at the end only.
         resume: "auto" continues from the newest complete one if any, "never" starts anew in a run
             folder without checkpoints, anything else is the path of one ``step-…`` folder.
+        weights: a ``step-…`` folder of another run, or that run's folder: a run that does not
+            resume takes the model's weights from it, and nothing else: step 0, a new optimizer, any
+            data, sequence length and RoPE scaling.
         keep: newest checkpoints to keep; 0 keeps all.
     """
 
     every: int = 0
     resume: str = "auto"
+    weights: str | None = None
     keep: int = 3
 
 

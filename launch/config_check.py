@@ -2,20 +2,26 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ringattn.errors import UserError
-from ringattn.launch.config import Config
+from ringattn.launch.config import Config, ModelSection
 from ringattn.launch.config_load import config_values
+from ringattn.launch.data_check import check_data
+from ringattn.launch.hf_config import read_hf_config
 from ringattn.launch.model_config import ModelConfig, model_config
+from ringattn.launch.rope_config import resolve_rope
 from ringattn.parallel.zero import require_deepspeed
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "data.seq_len": 2,
     "data.max_document": 2,
+    "data.long_document": 1,
+    "data.long_repeats": 1,
     "parallel.cp": 1,
     "parallel.dp": 1,
     "parallel.zero_stage": 1,
@@ -64,23 +70,29 @@ def check_config(config: Config) -> None:
     _check_profile(config)
     check_engine(config, shared_gpu=config.run.device == "cuda_shared")
     _check_run_dir(config.run.dir)
+    check_data(config)
     _check_memory(config)
-    if config.parallel.cp > config.data.seq_len:
-        raise UserError(
-            f"parallel.cp={config.parallel.cp}",
-            f"must not exceed data.seq_len={config.data.seq_len}",
-            f"set parallel.cp to at most {config.data.seq_len}",
-        )
-    resolve_model(config, vocab_size=257)
+    _check_degrees(config)
+    resolve_model(config, vocab_size=1)
 
 
 def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
-    """The model's shape: the named size, what the config overrides, the corpus's vocabulary.
+    """The model's shape: the named size or the checkpoint's, and what the config overrides.
+
+    `vocab_size` is the corpus's: a named size takes it, a checkpoint must have as many tokens.
 
     Raises:
         UserError: an unknown size or an impossible shape.
     """
     section = config.model
+    if section.hf is not None:
+        shape = _hf_shape(section, vocab_size)
+    else:
+        shape = _named_shape(section, vocab_size)
+    return replace(shape, rope_scaling=resolve_rope(section, shape.rope_scaling))
+
+
+def _named_shape(section: ModelSection, vocab_size: int) -> ModelConfig:
     return model_config(
         section.size,
         vocab_size=vocab_size,
@@ -92,8 +104,29 @@ def resolve_model(config: Config, vocab_size: int) -> ModelConfig:
         ffn_dim=section.ffn_dim,
         rope_theta=section.rope_theta,
         tie_embeddings=section.tie_embeddings,
+        window=section.window,
+        full_every=section.full_every,
         max_seq_len=None,
     )
+
+
+def _hf_shape(section: ModelSection, vocab_size: int) -> ModelConfig:
+    """The checkpoint's shape; only what changes no weight may be overridden."""
+    for key in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "tie_embeddings"):
+        value = getattr(section, key)
+        if value is not None:
+            raise UserError(
+                f"model.{key}={value}", "is given by the checkpoint in model.hf", "leave it null"
+            )
+    shape = read_hf_config(str(section.hf))
+    if vocab_size > shape.vocab_size:
+        raise UserError(
+            f"model.hf={section.hf}",
+            f"has {shape.vocab_size} tokens, the corpus {vocab_size}",
+            "prepare the corpus with the checkpoint's tokenizer (data.tokenizer)",
+        )
+    given = {key: getattr(section, key) for key in ("rope_theta", "window", "full_every")}
+    return replace(shape, **{key: value for key, value in given.items() if value is not None})
 
 
 def check_engine(config: Config, *, shared_gpu: bool) -> None:
@@ -159,6 +192,25 @@ def check_world(config: Config, world: int) -> None:
             f"parallel.dp={dp}",
             f"dp × cp = {dp * cp} must equal the launcher's world size {world}",
             f"set parallel.dp={world // cp}, or start {dp * cp} ranks",
+        )
+
+
+def _check_degrees(config: Config) -> None:
+    """Packs may run on fewer ranks where those divide cp and where a cluster predicts times."""
+    cp, least = config.parallel.cp, config.parallel.min_cp
+    if least is None:
+        return
+    if cp % least:
+        raise UserError(
+            f"parallel.min_cp={least}",
+            f"must divide parallel.cp={cp}",
+            f"set parallel.min_cp to a divisor of {cp}, or null",
+        )
+    if config.attention.cluster is None:
+        raise UserError(
+            f"parallel.min_cp={least}",
+            "needs attention.cluster, on which times are predicted",
+            "set e.g. attention.cluster=h100_sxm, or parallel.min_cp=null",
         )
 
 

@@ -89,7 +89,7 @@ def dump_config(config: Config) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(entry) for key, entry in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
 
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
@@ -217,8 +217,15 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         if choice is float and (number := _number(value)) is not None:
             return number
+        if typing.get_origin(choice) is dict and isinstance(value, Mapping) and value:
+            inner = typing.get_args(choice)[1]
+            return {str(name): _convert(key, entry, inner) for name, entry in value.items()}
         if typing.get_origin(choice) is tuple:
             parts = typing.get_args(choice)
+            if parts[-1] is Ellipsis:
+                parts = parts[:1] * (len(value) if isinstance(value, (list, tuple)) else 0)
+                if not parts:
+                    continue
             if isinstance(value, (list, tuple)) and len(value) == len(parts):
                 return tuple(_convert(key, v, part) for v, part in zip(value, parts, strict=True))
     raise UserError(f"{key}={_show(value)}", f"must be {_describe(hint)}", f"set {key} to that")
@@ -243,6 +250,10 @@ def _describe(hint: Any) -> str:
     for choice in _choices(hint):
         if typing.get_origin(choice) is typing.Literal:
             words.append("one of " + ", ".join(map(str, typing.get_args(choice))))
+        elif typing.get_origin(choice) is dict:
+            words.append("a mapping from names to numbers")
+        elif typing.get_origin(choice) is tuple and typing.get_args(choice)[-1] is Ellipsis:
+            words.append(f"a list, each entry {_describe(typing.get_args(choice)[0])}")
         elif typing.get_origin(choice) is tuple:
             words.append(f"a list of {len(typing.get_args(choice))} numbers")
         else:

@@ -126,6 +126,19 @@ def load_corpus_tokenizer(folder: str | Path, meta: CorpusMeta) -> Tokenizer:
     return load_tokenizer(name if name == "bytes" else Path(folder) / name)
 
 
+def same_tokenizer(
+    folder: str | Path, meta: CorpusMeta, other_folder: str | Path, other: CorpusMeta
+) -> bool:
+    """Whether two corpora hold ids of one tokenizer."""
+    described = ("tokenizer", "vocab_size", "eos_id")
+    if any(getattr(meta, name) != getattr(other, name) for name in described):
+        return False
+    if meta.tokenizer == "bytes":
+        return True
+    files = [Path(f) / meta.tokenizer / "tokenizer.json" for f in (folder, other_folder)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
 def open_shard(
     folder: str | Path, meta: CorpusMeta, shard: ShardMeta
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,18 @@
 """Writes the shards of a corpus (format: `corpus`) one document at a time."""
 
+import os
+import shutil
+import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from ringattn.errors import UserError
 from ringattn.launch.corpus import DTYPES, ShardMeta, file_crc32, shard_paths
 
 
@@ -60,6 +66,30 @@ class SplitWriter:
 
     def _name(self) -> str:
         return f"{self.split}-{len(self._done):05d}"
+
+
+@contextmanager
+def new_corpus_folder(out: Path) -> Iterator[Path]:
+    """A folder to write a corpus in, which becomes `out` at the end, whole or not at all.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"out_dir={str(out)!r}",
+            "already exists and is not empty",
+            "name a new folder or remove it first",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield work
+        work.chmod(0o755)  # mkdtemp makes it private
+        os.replace(work, out)  # atomic; an existing empty folder is replaced
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def length_histogram(lengths: dict[str, Counter[int]]) -> tuple[list[int], dict[str, list[int]]]:

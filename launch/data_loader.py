@@ -12,24 +12,27 @@ from ringattn.errors import UserError
 from ringattn.launch.packing import Batches, PackedDataset
 
 PlanT = TypeVar("PlanT")
+# What a rank reads of a step, from where its packs (accumulate, dp, batch) start and their length:
+# the starts and the plan of each of its micro-batches. Called in the loader's thread.
+Deal = Callable[[np.ndarray, int], list[tuple[list[int], PlanT]]]
 
 
 @dataclass(frozen=True)
 class MicroBatch(Generic[PlanT]):
-    """`Batches.batch` packs laid end to end on one token axis, T = batch * seq_len tokens.
+    """`Batches.batch` packs laid end to end on one token axis, T = batch * packs' length.
 
     Attributes:
         tokens, labels: int64 (T,); labels are already shifted, `packing.IGNORE` where not counted.
         lengths: document segment lengths, their sum is T.
         plan: what `make_plan(lengths)` returned.
-        indices: the packs' indices.
+        starts: the packs' positions in the stream, in tokens.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     lengths: list[int]
     plan: PlanT
-    indices: list[int]
+    starts: list[int]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StepBatch(Generic[PlanT]):
 
     Attributes:
         step: the step's number.
-        micro: one `MicroBatch` per accumulation micro-batch.
+        micro: one `MicroBatch` per accumulation micro-batch, or per round where packs are dealt.
         valid_tokens: labels that count, over all dp ranks and micro-batches of the step.
     """
 
@@ -61,6 +64,7 @@ class Loader(Generic[PlanT]):
         dp_rank: this process's data-parallel rank.
         start_step, stop_step: the range of steps.
         depth: most steps kept ready.
+        deal: chooses packs and plans in place of `dp_rank` and `make_plan`.
     """
 
     def __init__(
@@ -73,13 +77,14 @@ class Loader(Generic[PlanT]):
         start_step: int = 0,
         stop_step: int,
         depth: int = 2,
+        deal: Deal[PlanT] | None = None,
     ) -> None:
         if depth < 1:
             raise UserError(f"depth={depth}", "must be positive", "use 1 or more")
         if not 0 <= dp_rank < batches.dp:
             raise UserError(f"dp_rank={dp_rank}", f"must be in [0, {batches.dp})", "use 0")
         self._dataset, self._batches, self._make_plan = dataset, batches, make_plan
-        self._dp_rank, self._depth = dp_rank, depth
+        self._dp_rank, self._depth, self._deal = dp_rank, depth, deal
         self._steps = range(start_step, stop_step)
         self._changed = threading.Condition()
         self._ready: deque[StepBatch[PlanT]] = deque()
@@ -140,23 +145,33 @@ class Loader(Generic[PlanT]):
                 self._changed.notify_all()
 
     def _load(self, step: int) -> StepBatch[PlanT]:
-        packs = self._batches.indices(step)
-        mine = packs[:, self._dp_rank].tolist()
+        starts, seq_len = self._batches.starts(step), self._batches.seq_len(step)
+        mine = starts[:, self._dp_rank].tolist()
         try:
-            micro = [self._micro_batch(indices) for indices in mine]
-            valid = sum(self._dataset.valid_tokens(int(index)) for index in packs.flat)
+            if self._deal is None:
+                micro = [self._micro_batch(places, seq_len) for places in mine]
+            else:
+                micro = [
+                    self._micro_batch(places, seq_len, plan)
+                    for places, plan in self._deal(starts, seq_len)
+                ]
+            valid = sum(self._dataset.valid_tokens(int(start), seq_len) for start in starts.flat)
         except UserError:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"loading step {step}, packs {mine} of {self._dataset.path} "
+                f"loading step {step}, tokens from {mine} of {self._dataset.path} "
                 f"({self._dataset.split}): {error}"
             ) from error
         return StepBatch(step, micro, valid)
 
-    def _micro_batch(self, indices: list[int]) -> MicroBatch[PlanT]:
-        packs = [self._dataset.pack(index) for index in indices]
+    def _micro_batch(
+        self, starts: list[int], seq_len: int, plan: PlanT | None = None
+    ) -> MicroBatch[PlanT]:
+        packs = [self._dataset.read(start, seq_len) for start in starts]
         lengths = [length for pack in packs for length in pack.lengths]
         tokens = np.concatenate([pack.tokens for pack in packs])
         labels = np.concatenate([pack.labels for pack in packs])
-        return MicroBatch(tokens, labels, lengths, self._make_plan(lengths), indices)
+        if plan is None:
+            plan = self._make_plan(lengths)
+        return MicroBatch(tokens, labels, lengths, plan, starts)

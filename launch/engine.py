@@ -11,7 +11,7 @@ import torch
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, WeightSource
+from ringattn.launch.model import Fill, Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.parallel.mesh import TrainMesh
 
@@ -76,7 +76,7 @@ def open_engine(
     shape: ModelConfig,
     device: torch.device,
     mesh: TrainMesh,
-    weights: WeightSource,
+    weights: Fill,
 ) -> Engine:
     """The engine that ``parallel.engine`` names. Every rank calls it together.
 
@@ -85,7 +85,7 @@ def open_engine(
         shape: the model.
         device: where this rank computes.
         mesh: the ranks.
-        weights: first value of every parameter.
+        weights: writes the first value of every parameter.
 
     Raises:
         UserError: DeepSpeed is not installed.

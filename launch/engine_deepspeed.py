@@ -8,7 +8,7 @@ from torch import nn
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, WeightSource
+from ringattn.launch.model import Fill, Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import MOMENTS, add_states, bare_optimizer, set_learning_rate
 from ringattn.launch.parallelize import parallelize
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
         shape: ModelConfig,
         device: torch.device,
         mesh: TrainMesh,
-        weights: WeightSource,
+        weights: Fill,
     ) -> None:
         parallel, train = config.parallel, config.train
         options = ZeroOptions(
@@ -65,8 +65,9 @@ class DeepSpeedEngine:
             )
             self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
             for name, parameter in self._parameters.items():
-                value = weights(name, _shape_of(parameter))
-                self._state.set(parameter, None, value.to(device, torch.float32))
+                value = torch.empty(_shape_of(parameter))
+                weights(name, value)
+                self._state.set(parameter, None, value.to(device))
             self._open = stack.pop_all()
 
     def loss_sum(

@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, WeightSource
+from ringattn.launch.model import Fill, Transformer, fill_all
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from ringattn.launch.parallelize import parallelize
-from ringattn.parallel.fsdp import clip_shards, fill_shards, reshard
+from ringattn.parallel.fsdp import clip_shards, reshard
 from ringattn.parallel.mesh import TrainMesh
 
 
@@ -32,7 +32,7 @@ class FsdpEngine:
         shape: ModelConfig,
         device: torch.device,
         mesh: TrainMesh,
-        weights: WeightSource,
+        weights: Fill,
     ) -> None:
         with torch.device("meta"):
             self._model = Transformer(shape)
@@ -42,7 +42,7 @@ class FsdpEngine:
         self._model.to_empty(device=torch.device("cpu") if on_host else device)
         # Kept from here on: while parameters are gathered, the model names the gathered ones.
         self._shards = cast(dict[str, DTensor], dict(self._model.named_parameters()))
-        fill_shards(self._shards, weights)
+        fill_all(self._shards, weights)
         self._optimizer = build_optimizer(self._model, config.train)
         self._group = mesh.world
         self._clip_norm = config.train.clip_norm

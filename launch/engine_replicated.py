@@ -7,7 +7,7 @@ import torch
 
 from ringattn.launch.config import Config
 from ringattn.launch.layers import Attend
-from ringattn.launch.model import Transformer, WeightSource, fill_weights
+from ringattn.launch.model import Fill, Transformer, fill_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from ringattn.launch.parallelize import parallelize
@@ -30,7 +30,7 @@ class ReplicatedEngine:
         shape: ModelConfig,
         device: torch.device,
         mesh: TrainMesh,
-        weights: WeightSource,
+        weights: Fill,
     ) -> None:
         self._model = Transformer(shape)
         fill_weights(self._model, weights)

@@ -1,5 +1,6 @@
 """Loss on the held-out split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from ringattn.parallel.mesh import TrainMesh
 
 @dataclass(frozen=True, kw_only=True)
 class _Spread(Batches):
-    """`packs` of `total` packs at equal distances, dp of them per step.
+    """`packs` of `total` packs of one length at equal distances, dp of them per step.
 
     The last step may be short of packs; it is filled up with the pack after the split's end, whose
     labels do not count, so that every rank takes part in every step.
@@ -25,11 +26,11 @@ class _Spread(Batches):
     packs: int
     total: int
 
-    def indices(self, step: int) -> np.ndarray:
-        """Pack indices of `step`, int64 (1, dp, 1)."""
-        number = self.position(step) + np.arange(self.dp, dtype=np.int64)
+    def starts(self, step: int) -> np.ndarray:
+        """Position of each pack of `step`, int64 (1, dp, 1)."""
+        number = step * self.dp + np.arange(self.dp, dtype=np.int64)
         packs = np.where(number < self.packs, number * self.total // self.packs, self.total)
-        return packs.reshape(1, self.dp, 1)
+        return self.seq_len(step) * packs.reshape(1, self.dp, 1)
 
 
 @torch.no_grad()
@@ -42,6 +43,7 @@ def evaluate(
     *,
     step: int,
     packs: int,
+    windows: Sequence[int | None],
 ) -> EvalMetrics:
     """Mean loss over `packs` held-out packs, spread evenly over the split (all, if fewer).
 
@@ -55,12 +57,14 @@ def evaluate(
         device: of this rank.
         step: optimizer steps done, for the record.
         packs: most packs to read.
+        windows: of the model's layers.
     """
     packs = min(packs, heldout.packs)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    batches = _Spread(dp=mesh.dp, packs=packs, total=heldout.packs)
+    stages = ((0, heldout.seq_len),)
+    batches = _Spread(stages=stages, dp=mesh.dp, packs=packs, total=heldout.packs)
     rounds = range(-(-packs // mesh.dp))
-    with open_loader(heldout, batches, cp, mesh.dp_rank, rounds) as loader:
+    with open_loader(heldout, batches, cp, mesh.dp_rank, rounds, windows) as loader:
         for batch in loader:
             for micro in batch.micro:
                 share = take_share(micro, device)

@@ -1,14 +1,17 @@
 """From packs to one rank's tensors: plans in the loader, sharding on the way to the device."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 import ringattn as ra
 from ringattn.launch.config import Config
-from ringattn.launch.data_loader import Loader, MicroBatch
+from ringattn.launch.data_loader import Deal, Loader, MicroBatch
 from ringattn.launch.packing import Batches, PackedDataset
 from ringattn.selective import cheap_part
+
+LayerPlans = list[ra.Plan]  # one per layer, all on one layout
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,27 @@ class Share:
     Attributes:
         tokens_BT, labels_BT: int64 (1, T_local); labels were shifted on the whole sequence.
         positions_T: int64 (T_local,), places in the whole sequence; rotary embedding uses them.
-        attend: attention over the whole sequence, for all layers or each of them; a collective of
-            the cp group.
+        attend: attention over the whole sequence, of each layer; a collective of the ranks that
+            share the sequence.
     """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     positions_T: torch.Tensor
-    attend: PlanAttend | list[PlanAttend]
+    attend: list[PlanAttend]
+
+
+def layer_masks(lengths: list[int], windows: Sequence[int | None]) -> list[ra.Mask]:
+    """The document-causal mask of each layer, with the layer's window."""
+    masks = {w: ra.masks.documents(lengths, causal=True, window=w) for w in dict.fromkeys(windows)}
+    return [masks[window] for window in windows]
+
+
+def plan_maker(
+    cp: ra.ContextParallel, windows: Sequence[int | None]
+) -> Callable[[list[int]], LayerPlans]:
+    """Plans every layer's attention over packed documents of the given lengths."""
+    return lambda lengths: cp.plans(layer_masks(lengths, windows))
 
 
 def open_loader(
@@ -51,33 +67,40 @@ def open_loader(
     cp: ra.ContextParallel,
     dp_rank: int,
     steps: range,
+    windows: Sequence[int | None],
+    deal: Deal[LayerPlans] | None = None,
     recompute: float | None = None,
-) -> Loader[ra.Plan]:
+) -> Loader[LayerPlans]:
     """Reads the packs of `steps` in a thread and plans each one's document-causal attention.
 
-    Planning is host work without communication. With `recompute`, the share of the attention
-    forward that may be computed again, plans of the rows that are cheap are made as well.
+    Planning is host work without communication. `windows` are those of the layers; `deal` spreads
+    a step's packs in another way than over dp ranks (`ringattn.launch.degree_feed`). With
+    `recompute`, the share of the attention forward that may be computed again, plans of the rows
+    that are cheap are made as well.
     """
+    make = plan_maker(cp, windows)
 
-    def make_plan(lengths: list[int]) -> ra.Plan:
-        plan = cp.plan(ra.masks.documents(lengths, causal=True))
+    def complete(plans: LayerPlans) -> LayerPlans:
         if recompute is not None:
-            cheap_part(plan, recompute)
-        return plan
+            for plan in dict.fromkeys(plans):
+                cheap_part(plan, recompute)
+        return plans
 
     return Loader(
         dataset,
         batches,
-        make_plan,
+        lambda lengths: complete(make(lengths)),
         dp_rank=dp_rank,
         start_step=steps.start,
         stop_step=steps.stop,
+        deal=deal
+        and (lambda *packs: [(starts, complete(plans)) for starts, plans in deal(*packs)]),
     )
 
 
-def take_share(micro: MicroBatch[ra.Plan], device: torch.device) -> Share:
+def take_share(micro: MicroBatch[LayerPlans], device: torch.device) -> Share:
     """This rank's tokens, labels and positions of a micro-batch. No communication."""
-    plan = micro.plan
+    plan = micro.plan[0]
 
     def local(values: torch.Tensor) -> torch.Tensor:
         return plan.shard(values[None], dim=1).to(device, non_blocking=True)
@@ -86,20 +109,25 @@ def take_share(micro: MicroBatch[ra.Plan], device: torch.device) -> Share:
         tokens_BT=local(torch.from_numpy(micro.tokens)),
         labels_BT=local(torch.from_numpy(micro.labels)),
         positions_T=plan.positions().to(device, non_blocking=True),
-        attend=PlanAttend(plan),
+        attend=[PlanAttend(layer) for layer in micro.plan],
     )
 
 
-def causal_area(lengths: list[int]) -> int:
-    """Allowed pairs of a document-causal mask."""
-    return sum(length * (length + 1) // 2 for length in lengths)
+def own_areas(micro: MicroBatch[LayerPlans]) -> list[int]:
+    """Allowed pairs of each layer's mask on the first rank that shares the micro-batch, zeros on
+    the others: the sum over all ranks counts every pack once."""
+    if micro.plan[0].context.rank:
+        return [0] * len(micro.plan)
+    areas = {plan: plan.mask.area for plan in dict.fromkeys(micro.plan)}
+    return [areas[plan] for plan in micro.plan]
 
 
-def step_batches(config: Config, origin_step: int, origin_pack: int) -> Batches:
-    """Which packs each step reads, when `origin_pack` packs were read before `origin_step`."""
+def step_batches(config: Config, origin_step: int, origin: int) -> Batches:
+    """Which tokens each step reads, when `origin` tokens were read before `origin_step`."""
     return Batches(
+        stages=config.data.stages,
         dp=config.parallel.dp,
         accumulate=config.train.accumulate,
         origin_step=origin_step,
-        origin_pack=origin_pack,
+        origin=origin,
     )

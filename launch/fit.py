@@ -1,10 +1,11 @@
 """What a configuration needs and how long it takes, and how far its sequence may grow."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import ringattn as ra
-from ringattn.cost import Cluster
+from ringattn.cost import price_pair
 from ringattn.cost.attention_memory import scaled
 from ringattn.cost.ledger import Peak
 from ringattn.cost.step_memory import StepMemory, step_memory
@@ -13,7 +14,6 @@ from ringattn.cost.step_time import AttentionSeconds, StepSeconds, model_flops, 
 from ringattn.launch.config import Config
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.step_model import Device, busiest_rank, model_shape, plan_bytes, step_settings
-from ringattn.planner import Quote
 from ringattn.selective import cheap_part
 
 GIB = 2**30
@@ -90,56 +90,67 @@ class Fit:
 
 
 class FitModel:
-    """Predicts a configuration for any length and memory settings, from one plan.
+    """Predicts a configuration for any length and memory settings, from the plans of one length.
 
-    Bytes and messages of attention are taken from the plan at the configured length and scale with
-    it; its seconds are only predicted there.
+    Bytes of attention scale with the length; its seconds are only predicted at the plans' own.
 
     Args:
-        config: the run. shape: the model. cluster: what it runs on.
-        plan: of the configured length, on simulated ranks. quote: the plan's price.
+        config: the run; names its cluster. shape: the model.
+        plans: of each layer, on simulated ranks.
+
+    Attributes:
+        seq_len: tokens of the plans. unit: of which lengths are multiples.
+        usable, usable_host: bytes of one rank, less what is set aside.
     """
 
-    def __init__(
-        self, config: Config, shape: ModelConfig, cluster: Cluster, plan: ra.Plan, quote: Quote
-    ) -> None:
-        self.config, self.cluster, self.plan = config, cluster, plan
+    def __init__(self, config: Config, shape: ModelConfig, plans: Sequence[ra.Plan]) -> None:
+        context = plans[0].context
+        assert context.cluster is not None, "predictions need a cluster"
+        self.config, self.cluster = config, context.cluster
         self.shape = model_shape(shape)
-        self.device: Device = "cpu" if cluster.kernel == "cpu_flash" else "cuda"
-        self.rank = busiest_rank(plan)
-        self._attention = AttentionSeconds(
-            forward=quote.priced[0].seconds, backward=quote.priced[1].seconds
-        )
+        self.counts = Counter(plans)
+        self.device: Device = "cpu" if self.cluster.kernel == "cpu_flash" else "cuda"
+        self.rank = busiest_rank(plans[0])
+        self.seq_len = plans[0].mask.seq_len
+        self._at_home = int(plans[0].layout.sizes[self.rank])
+        self.area = sum(n * plan.mask.area for plan, n in self.counts.items()) / len(plans)
+        self._seconds = {
+            plan: price_pair((plan.forward, plan.backward), self.cluster, context.priced_kernel)
+            for plan in self.counts
+        }
         self._parts: dict[tuple[str, float], tuple[AttentionBytes, float]] = {}
-        self.usable = (cluster.memory_gib - CONTEXT_GIB * (self.device == "cuda")) * GIB
+        self.usable = (self.cluster.memory_gib - CONTEXT_GIB * (self.device == "cuda")) * GIB
         self.usable *= 1 - WASTED
-        self.usable_host = cluster.host_gib * GIB * (1 - WASTED_HOST)
+        self.usable_host = self.cluster.host_gib * GIB * (1 - WASTED_HOST)
         self.unit = UNIT * config.parallel.cp
+
+    @property
+    def methods(self) -> str:
+        """How the layers attend: method, settings and layout."""
+        return " and ".join(dict.fromkeys(_method_of(plan) for plan in self.counts))
 
     def settings(self, seq_len: int | None = None) -> StepSettings:
         """The configured settings, at a length."""
-        at_home = int(self.plan.layout.sizes[self.rank])
-        factor = (seq_len or self.config.data.seq_len) / self.config.data.seq_len
-        return step_settings(self.config, round(at_home * factor), self.device)
+        factor = (seq_len or self.seq_len) / self.seq_len
+        return step_settings(self.config, round(self._at_home * factor), self.device)
 
     def memory(self, settings: StepSettings) -> StepMemory:
         """Bytes of a step; ``settings.tokens`` says at which length."""
-        bytes_, _ = self._of_plan(settings)
-        at_home = int(self.plan.layout.sizes[self.rank])
-        return step_memory(self.shape, settings, scaled(bytes_, settings.tokens / at_home))
+        bytes_, _ = self._of_plans(settings)
+        return step_memory(self.shape, settings, scaled(bytes_, settings.tokens / self._at_home))
 
     def seconds(self, settings: StepSettings) -> StepSeconds:
-        """Seconds of a step at the configured length."""
-        _, again = self._of_plan(settings)
-        kept = self.memory(settings)
-        offloaded = kept.host - self.memory(replace(settings, offload_kept=False)).host
-        return step_seconds(
-            self.shape,
-            settings,
-            self.cluster,
-            replace(self._attention, again=again),
-            kept_bytes=offloaded,
-        )
+        """Seconds of a step at the plans' length."""
+        _, again = self._of_plans(settings)
+        offloaded = self.memory(settings).host
+        offloaded -= self.memory(replace(settings, offload_kept=False)).host
+        both = [
+            sum(n * self._seconds[plan][way].seconds for plan, n in self.counts.items())
+            / self.shape.layers
+            for way in (0, 1)
+        ]
+        attention = AttentionSeconds(forward=both[0], backward=both[1], again=again)
+        return step_seconds(self.shape, settings, self.cluster, attention, kept_bytes=offloaded)
 
     def option(self, settings: StepSettings) -> Option:
         """The settings with their predictions."""
@@ -160,8 +171,7 @@ class FitModel:
         low, high = 0, 1
 
         def fits(count: int) -> bool:
-            at_home = int(self.plan.layout.sizes[self.rank])
-            tokens = round(at_home * count * self.unit / self.config.data.seq_len)
+            tokens = round(self._at_home * count * self.unit / self.seq_len)
             return self.fits(replace(settings, tokens=tokens))
 
         while high * self.unit <= LONGEST and fits(high):
@@ -175,8 +185,8 @@ class FitModel:
         """The configuration, and if wanted other ways to run it."""
         chosen = self.settings()
         config = self.config
-        tokens = config.packs_per_step * config.data.seq_len
-        area = float(config.packs_per_step * self.plan.mask.area)
+        tokens = config.packs_per_step * self.seq_len
+        area = config.packs_per_step * self.area
         return Fit(
             chosen=self.option(chosen),
             others=tuple(self.option(settings) for settings in self._others(chosen) if others),
@@ -200,15 +210,32 @@ class FitModel:
                     if made != chosen and not (offload and mode == "none"):
                         yield made
 
-    def _of_plan(self, settings: StepSettings) -> tuple[AttentionBytes, float]:
-        """Bytes of the plan, and the share of its forward that "sequence" computes again."""
+    def _of_plans(self, settings: StepSettings) -> tuple[AttentionBytes, float]:
+        """Bytes that any layer needs, and the share of the forwards that "sequence" repeats."""
         mode = settings.checkpointing
         key = mode if mode == "sequence" else "", settings.recompute
         if key not in self._parts:
             memory = replace(self.config.memory, checkpointing=mode)
             config = replace(self.config, memory=memory)
+            found = [plan_bytes(config, plan, self.rank, self.device) for plan in self.counts]
+            largest = {
+                field.name: max(getattr(bytes_, field.name) for bytes_ in found)
+                for field in fields(AttentionBytes)
+            }
             again = 0.0
             if mode == "sequence":
-                again = cheap_part(self.plan, settings.recompute).share
-            self._parts[key] = plan_bytes(config, self.plan, self.rank, self.device), again
+                shares = {plan: cheap_part(plan, settings.recompute).share for plan in self.counts}
+                spent = [n * shares[p] * self._forward(p) for p, n in self.counts.items()]
+                whole = [n * self._forward(p) for p, n in self.counts.items()]
+                again = sum(spent) / max(sum(whole), 1e-30)
+            self._parts[key] = AttentionBytes(**largest), again
         return self._parts[key]
+
+    def _forward(self, plan: ra.Plan) -> float:
+        return self._seconds[plan][0].seconds
+
+
+def _method_of(plan: ra.Plan) -> str:
+    options = plan.settings.options or {}
+    shown = "".join(f", {name}={value}" for name, value in options.items())
+    return f"{plan.method}{shown} over {plan.layout.name}"

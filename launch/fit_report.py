@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from ringattn.launch.fit import CONTEXT_GIB, GIB, WASTED, Fit, FitModel, Option
-from ringattn.planner import Quote
 
 _FORM = "{:12} {:>6} {:>8} {:>10} {:>9} {:>14} {:>12}"
 _HEAD = ("checkpoints", "tile", "offload", "peak GiB", "host GiB", "longest tokens", "step s")
@@ -46,7 +45,7 @@ def _option_json(option: Option) -> dict[str, Any]:
 
 def fit_table(fit: Fit, model: FitModel) -> Iterator[str]:
     """Lines: the peak and its parts, the verdict, other settings, the step's time."""
-    peak, seq_len = fit.parts, model.config.data.seq_len
+    peak, seq_len = fit.parts, model.seq_len
     yield f"predicted peak of one rank: {_gib(peak.nbytes)}, at: {peak.moment}"
     for kind, nbytes in sorted(peak.parts.items(), key=lambda part: -part[1]):
         yield f"  {kind:28} {_gib(nbytes):>11}"
@@ -93,12 +92,12 @@ def cheapest(fit: Fit, seq_len: int) -> Option | None:
     return min(fitting, key=lambda option: option.seconds.total, default=None)
 
 
-def recipe_comment(fit: Fit, model: FitModel, quote: Quote, cluster: str) -> list[str]:
+def recipe_comment(fit: Fit, model: FitModel, cluster: str) -> list[str]:
     """The lines that head a shipped recipe."""
     chosen = fit.chosen
     return [
         f"# ringattn plan --comment, cluster {cluster}, causal mask:",
-        f"#   attention {quote.candidate}",
+        f"#   attention {model.methods}",
         f"#   {_gib(chosen.memory.peak.nbytes)} of {_gib(fit.usable)} usable per GPU,"
         f" {_gib(chosen.memory.host)} host memory per GPU; longest {chosen.longest:,} tokens",
         f"#   {speed(fit)}",

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn as ra
@@ -20,9 +21,13 @@ from ringattn.launch.checkpoint import (
     choose_checkpoint,
     read_state,
 )
-from ringattn.launch.config import Config
+from ringattn.launch.config import AttentionConfig, Config
 from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
+from ringattn.launch.degrees import degrees_of
+from ringattn.launch.feed import layer_masks
+from ringattn.launch.hf_weights import HFWeights
+from ringattn.launch.initial_weights import choose_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -42,6 +47,7 @@ class Job:
         train, heldout: the corpus's splits; heldout is None where the corpus holds nothing out.
         identity: what a checkpoint must share to be continued, by dotted key.
         checkpoint: where to continue from, and what it says of itself; None to start anew.
+        weights: checkpoint that a run that starts anew takes its weights from, or None.
     """
 
     config: Config
@@ -50,6 +56,7 @@ class Job:
     heldout: PackedDataset | None
     identity: dict[str, Any]
     checkpoint: tuple[Path, CheckpointState] | None
+    weights: Path | None = None
 
 
 def open_job(config: Config, local_world: int) -> Job:
@@ -65,15 +72,17 @@ def open_job(config: Config, local_world: int) -> Job:
     check_config(config)
     placement = place_ranks(config, local_world)
     check_engine(config, shared_gpu=placement.shared)
-    meta = load_meta(config.data.path)
-    shape = resolve_model(config, meta.vocab_size)
-    path, seq_len, longest = config.data.path, config.data.seq_len, config.data.max_document
-    train = PackedDataset(path, "train", seq_len, config.seed, max_document=longest)
-    check_attention(config, shape, placement.device_type, train.pack(0).lengths)
+    metas = [load_meta(folder) for folder, _ in config.data.corpora]
+    shape = resolve_model(config, metas[0].vocab_size)
+    train = open_split(config, "train")
+    lengths = train.read(0, config.data.longest).lengths
+    check_attention(config, shape, placement.device_type, lengths)
     heldout = None
-    if meta.tokens("heldout"):
-        heldout = PackedDataset(path, "heldout", seq_len, max_document=longest)
-    identity = run_identity(config, shape, meta)
+    if any(meta.tokens("heldout") for meta in metas):
+        heldout = open_split(config, "heldout")
+    identity = run_identity(config, shape, metas)
+    if config.model.hf is not None:
+        identity["model.hf"] = f"weights {HFWeights(config.model.hf, shape).digest()[:12]}"
     found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
     checkpoint = None
     if found is not None:
@@ -86,6 +95,9 @@ def open_job(config: Config, local_world: int) -> Job:
                 f"raise train.steps to at least {state.step}, or resume from an older one",
             )
         checkpoint = (found, state)
+    weights = None
+    if config.checkpoint.weights is not None and checkpoint is None:
+        weights = choose_weights(config.checkpoint.weights, shape)
     return Job(
         config=config,
         shape=shape,
@@ -93,11 +105,33 @@ def open_job(config: Config, local_world: int) -> Job:
         heldout=heldout,
         identity=identity,
         checkpoint=checkpoint,
+        weights=weights,
+    )
+
+
+def open_split(config: Config, split: str) -> PackedDataset:
+    """One split of the run's corpora, in sequences of ``data.seq_len``.
+
+    Raises:
+        UserError: bad files, an empty split, or corpora of different tokenizers.
+    """
+    data = config.data
+    return PackedDataset(
+        data.corpora,
+        split,
+        data.seq_len,
+        config.seed,
+        max_document=data.max_document,
+        long_document=data.long_document,
+        long_repeats=data.long_repeats,
     )
 
 
 def build_context(
-    config: Config, shape: ModelConfig, group: DeviceMesh | int, staged: str | None = None
+    config: Config,
+    shape: ModelConfig,
+    group: DeviceMesh | dist.ProcessGroup | int,
+    staged: str | None = None,
 ) -> ra.ContextParallel:
     """The attention of a group of ranks, or of a number of simulated ones. No communication.
 
@@ -121,6 +155,28 @@ def build_context(
         timeout=timedelta(seconds=config.run.timeout_s),
         staged=staged,
     )
+
+
+def build_degree(
+    config: Config,
+    shape: ModelConfig,
+    degree: int,
+    group: dist.ProcessGroup | None = None,
+    staged: str | None = None,
+) -> ra.ContextParallel:
+    """As `build_context`, for a group of `degree` ranks, simulated ones unless it is given.
+
+    A rank that leaves its cp group has nothing to choose: alone, all methods are the same work.
+    """
+    if degree == 1 and config.parallel.cp > 1:
+        alone = AttentionConfig(
+            method="ring",
+            layout="contiguous",
+            kernel=config.attention.kernel,
+            cluster=config.attention.cluster,
+        )
+        config = replace(config, attention=alone)
+    return build_context(config, shape, group or degree, staged)
 
 
 def check_attention(
@@ -150,34 +206,55 @@ def check_attention(
             dtype=COMPUTE_DTYPES[config.train.dtype],
             head_dim=(shape.head_dim, shape.head_dim),
         )
-        context = build_context(config, shape, config.parallel.cp)
-        context.plan(ra.masks.documents(lengths, causal=True))
     except UserError as error:
         raise UserError(f"attention: {error.what}", error.rule, error.fix) from None
+    for degree in degrees_of(config.parallel.cp, config.parallel.min_cp):
+        try:
+            build_degree(config, shape, degree).plans(layer_masks(lengths, shape.windows))
+        except UserError as error:
+            where = "" if degree == config.parallel.cp else f" on {degree} ranks (parallel.min_cp)"
+            raise UserError(f"attention{where}: {error.what}", error.rule, error.fix) from None
 
 
-def run_identity(config: Config, shape: ModelConfig, meta: CorpusMeta) -> dict[str, Any]:
-    """Dotted keys and JSON values that decide which weights and data a checkpoint is about."""
-    shards = [(shard.name, shard.tokens, shard.bin_crc32) for shard in meta.shards]
-    digest = hashlib.sha256(json.dumps([meta.vocab_size, meta.eos_id, shards]).encode())
+def run_identity(config: Config, shape: ModelConfig, metas: list[CorpusMeta]) -> dict[str, Any]:
+    """Dotted keys and JSON values that decide which weights and data a checkpoint is about.
+
+    A curriculum is none of them, like the learning rate: the position in the data is counted in
+    tokens, so that another one goes on where the checkpoint stopped.
+    """
+    weights = [weight for _, weight in config.data.corpora]
     model = {f"model.{key}": value for key, value in asdict(shape).items() if key != "max_seq_len"}
     return {
         "seed": config.seed,
         "data.seq_len": config.data.seq_len,
         "data.max_document": config.data.max_document,
-        "data.path": f"corpus {digest.hexdigest()[:12]}",
+        "data.long_document": config.data.long_document,
+        "data.long_repeats": config.data.long_repeats,
+        "data.path": corpus_name(metas[0]),
+        "data.mixture": [
+            [corpus_name(meta), weight / sum(weights)]
+            for meta, weight in zip(metas, weights, strict=True)
+        ],
         **model,
     }
 
 
+def corpus_name(meta: CorpusMeta) -> str:
+    """A name that equal corpora share, wherever they lie."""
+    shards = [(shard.name, shard.tokens, shard.bin_crc32) for shard in meta.shards]
+    digest = hashlib.sha256(json.dumps([meta.vocab_size, meta.eos_id, shards]).encode())
+    return f"corpus {digest.hexdigest()[:12]}"
+
+
 def prepare_corpus(config: Config) -> None:
-    """Prepares ``data.path`` from ``data.source`` when it does not exist; says so on stderr.
+    """Prepares ``data.path`` from ``data.source`` when it is read and missing; says so on stderr.
 
     Raises:
         UserError: the source cannot be read.
     """
     data = config.data
-    if data.source is None or (Path(data.path) / "meta.json").is_file():
+    read = data.path in (folder for folder, _ in data.corpora)
+    if data.source is None or not read or (Path(data.path) / "meta.json").is_file():
         return
     print(f"preparing {data.path} from {data.source}", file=sys.stderr, flush=True)
     meta, _ = prepare_if_missing(data.source, data.path, tokenizer=data.tokenizer)

@@ -92,15 +92,15 @@ class CompiledPart:
 def parameters_of_halves(model: Transformer) -> dict[str, list[str]]:
     """Names, within a layer, of the parameters that each half uses.
 
-    Found by differentiating the first layer's halves for no token at all, so that no parameter that
-    a layer gains is forgotten.
+    Found by differentiating the halves of a layer without storage for no token at all, so that no
+    parameter that a layer gains is forgotten.
     """
-    layer, cfg = model.model.layers[0], model.cfg
-    assert isinstance(layer, DecoderLayer)
+    cfg = model.cfg
+    with torch.device("meta"):
+        layer = DecoderLayer(cfg)
+        x = torch.empty(1, 0, cfg.dim)
+        angles = torch.empty(1, 0, 1, cfg.head_dim)
     names, parameters = zip(*layer.named_parameters(), strict=True)
-    like = parameters[0].detach()
-    x = like.new_empty(1, 0, cfg.dim)
-    angles = like.new_empty(1, 0, 1, cfg.head_dim)
     found: dict[str, list[str]] = {}
     with torch.enable_grad():
         q, k, v = DecoderLayer.attention_inputs(layer, x, angles, angles)
@@ -110,10 +110,8 @@ def parameters_of_halves(model: Transformer) -> dict[str, list[str]]:
         }
         for half, made in outs.items():
             total = torch.stack([value.sum() for value in made]).sum()
-            leaves = [p for p in parameters if p.requires_grad]
-            grads = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
-            used = {id(p) for p, grad in zip(leaves, grads, strict=True) if grad is not None}
-            found[half] = [n for n, p in zip(names, parameters, strict=True) if id(p) in used]
+            grads = torch.autograd.grad(total, parameters, allow_unused=True)
+            found[half] = [n for n, grad in zip(names, grads, strict=True) if grad is not None]
     return found
 
 

@@ -34,24 +34,33 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around grouped-query attention, with rotary positions."""
+    """The projections around grouped-query attention, with rotary positions.
+
+    With `cfg.qk_norm` each head's queries and keys are normalised before they are rotated.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.dim, cfg.heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.q_proj = nn.Linear(cfg.dim, cfg.heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
     def forward(
         self, x_BTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C), rotary tables -> q (B, T, H, D), k and v (B, T, K, D)."""
         heads = (-1, self.head_dim)  # unflatten also takes a rank's share of no tokens
-        q_BTHD = apply_rope(self.q_proj(x_BTC).unflatten(-1, heads), cos, sin)
-        k_BTKD = apply_rope(self.k_proj(x_BTC).unflatten(-1, heads), cos, sin)
-        return q_BTHD, k_BTKD, self.v_proj(x_BTC).unflatten(-1, heads)
+        q_BTHD, k_BTKD, v_BTKD = (
+            project(x_BTC).unflatten(-1, heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        return apply_rope(q_BTHD, cos, sin), apply_rope(k_BTKD, cos, sin), v_BTKD
 
 
 class MLP(nn.Module):

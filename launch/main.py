@@ -4,6 +4,9 @@ ringattn prepare SOURCE --out DIR
 ringattn train CONFIG [key=value ...]
 ringattn plan CONFIG [key=value ...]
 ringattn sample RUN --prompt TEXT
+ringattn evaluate RUN [key=value ...]
+ringattn needles CORPUS --out DIR
+ringattn export RUN --out FOLDER
 """
 
 import argparse
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringattn.launch.failure import run_reporting
+from ringattn.launch.main_context import add_evaluate, add_needles
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_sample(commands)
+    add_evaluate(commands)
+    add_needles(commands)
+    _add_export(commands)
     return parser
 
 
@@ -143,6 +150,19 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     sample.set_defaults(run=_sample)
 
 
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    export = commands.add_parser("export", help="write a trained model as a Hugging Face folder")
+    export.add_argument("folder", metavar="RUN", help="run folder of a training run")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; new")
+    export.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16)"
+    )
+    export.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="step to export (default: the newest)"
+    )
+    export.set_defaults(run=_export)
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from ringattn.launch.prepare import prepare
 
@@ -214,6 +234,15 @@ def _sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         write=lambda text: print(text, flush=True),
     )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ringattn.launch.export import export_run
+
+    out = Path(arguments.out)
+    path = export_run(Path(arguments.folder), out, dtype=arguments.dtype, step=arguments.checkpoint)
+    print(f"wrote {out} from {path}")
     return 0
 
 

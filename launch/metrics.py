@@ -45,6 +45,8 @@ class StepMetrics:
         grad_norm: global L2 norm before clipping.
         lr: learning rate of the step.
         mfu: model FLOP/s over the devices' peak; None where the peak is not known.
+        degrees: ranks that shared a pack, of each round of the step; None where all packs run on
+            ``parallel.cp`` ranks.
     """
 
     step: int
@@ -55,6 +57,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     mfu: float | None
+    degrees: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class MetricsWriter:
         file.write(json.dumps(values) + "\n")
         file.flush()
         for key, value in values.items():
-            if key != "step" and value is not None:
+            if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{group}/{key}", value, values["step"])
 
 

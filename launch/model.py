@@ -9,14 +9,19 @@ V vocabulary. Parameter names are those of Hugging Face Llama checkpoints.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ringattn.launch.layers import Attend, DecoderLayer, LMHead, RMSNorm
+from ringattn.launch.local_part import write_part
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.rope import rope_table
+
+Fill = Callable[[str, torch.Tensor], None]
+"""(name, tensor): writes a parameter's first values into it, in place; the tensor has the whole
+parameter's shape, and is plain or a `DTensor` of which this rank's shard is written."""
 
 
 class Decoder(nn.Module):
@@ -89,39 +94,45 @@ class Transformer(nn.Module):
         return hidden_BTC if hidden else self.lm_head(hidden_BTC, labels_BT)
 
 
-WeightSource = Callable[[str, torch.Size], torch.Tensor]
-"""(parameter name, shape) -> its value on the CPU. Called for one parameter at a time."""
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fills every parameter in place with `random_weights`."""
+    fill_weights(model, random_weights(model.cfg, seed))
 
 
-def initial_weights(cfg: ModelConfig, seed: int) -> WeightSource:
-    """First weights: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1; float32.
+def fill_weights(model: nn.Module, fill: Fill) -> None:
+    """Fills every parameter of a `Transformer` in place, one after another."""
+    fill_all(dict(model.named_parameters()), fill)
+
+
+def fill_all(tensors: Mapping[str, torch.Tensor], fill: Fill) -> None:
+    """Fills tensors by name in place, one after another; of a `DTensor` this rank's shard."""
+    for name, tensor in tensors.items():
+        fill(name, tensor)
+
+
+def random_weights(cfg: ModelConfig, seed: int) -> Fill:
+    """First weights: N(0, 0.02), residual outputs / sqrt(2 * layers), norms 1, biases 0.
 
     Each parameter draws on the CPU from a generator seeded by (seed, its name), so values depend
-    neither on the number of devices nor on the order of modules.
+    neither on the number of devices nor on the order of modules. A shard takes its part of the
+    whole parameter's draw, which exists for as long as one parameter is filled.
     """
     residual = 0.02 / math.sqrt(2 * cfg.layers)
 
-    def draw(name: str, shape: torch.Size) -> torch.Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        values = torch.empty(shape, dtype=torch.float32)
-        return values.normal_(0.0, std, generator=generator)
+    def fill(name: str, tensor: torch.Tensor) -> None:
+        def draw(index: tuple[slice, ...]) -> torch.Tensor:
+            if name.endswith("norm.weight"):
+                return torch.ones(tensor.shape)[index]
+            if name.endswith(".bias"):
+                return torch.zeros(tensor.shape)[index]
+            std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            values = torch.empty(tensor.shape, dtype=torch.float32)
+            return values.normal_(0.0, std, generator=generator)[index]
 
-    return draw
+        write_part(tensor, draw)
 
-
-@torch.no_grad()
-def fill_weights(model: nn.Module, weights: WeightSource) -> None:
-    """Writes every parameter of an unsharded model, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights(name, parameter.shape))
-
-
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fills every parameter of an unsharded model with `initial_weights`, in place."""
-    fill_weights(model, initial_weights(model.cfg, seed))
+    return fill
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from ringattn.errors import UserError
 
+ROPE_KINDS = ("linear", "ntk", "yarn", "llama3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -14,11 +16,20 @@ class RopeScaling:
 
     Attributes:
         kind: "linear" divides every frequency by `factor` (position interpolation,
-            arXiv:2306.15595); "llama3" divides only those whose wavelength exceeds
+            arXiv:2306.15595); "ntk" raises the base to theta * factor^(D / (D - 2)), which keeps
+            the highest frequency and divides the lowest by `factor` (NTK-aware scaling, as stated
+            in arXiv:2309.00071); "yarn" divides the frequencies that turn less than `beta_slow`
+            times within the original context, keeps those that turn more than `beta_fast` times,
+            blends linearly by channel in between, and raises attention logits
+            (arXiv:2309.00071); "llama3" divides only those whose wavelength exceeds
             original_max_seq_len / low_freq_factor, keeps those below
             original_max_seq_len / high_freq_factor, and blends in between (Llama 3.1).
         factor: at least 1.
-        low_freq_factor, high_freq_factor, original_max_seq_len: read by "llama3" only.
+        low_freq_factor, high_freq_factor: read by "llama3" only.
+        original_max_seq_len: context before scaling; read by "yarn" and "llama3".
+        beta_fast, beta_slow: turns; read by "yarn" only.
+        attention_factor: of "yarn": what both q and k are multiplied with, so that logits grow by
+            its square; None is 0.1 ln(factor) + 1.
     """
 
     kind: str = "llama3"
@@ -26,13 +37,16 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
+        if self.kind not in ROPE_KINDS:
             raise UserError(
-                f"rope_scaling.kind={self.kind!r}", "is unknown", 'use "linear" or "llama3"'
+                f"rope_scaling.kind={self.kind!r}", "is unknown", f"use one of {ROPE_KINDS}"
             )
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise UserError(
                 f"rope_scaling.factor={self.factor}", "must be at least 1", "use 1 or more"
             )
@@ -41,6 +55,24 @@ class RopeScaling:
                 f"rope_scaling.low_freq_factor={self.low_freq_factor}",
                 f"must lie between 0 and high_freq_factor={self.high_freq_factor}",
                 "use 1 and 4, the values of Llama 3.1",
+            )
+        if self.original_max_seq_len < 1:
+            raise UserError(
+                f"rope_scaling.original_max_seq_len={self.original_max_seq_len}",
+                "must be positive",
+                "use the context the model was trained with, in tokens",
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise UserError(
+                f"rope_scaling.beta_slow={self.beta_slow}",
+                f"must lie between 0 and beta_fast={self.beta_fast}",
+                "use 1 and 32, the values of YaRN",
+            )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise UserError(
+                f"rope_scaling.attention_factor={self.attention_factor}",
+                "must be positive",
+                "leave it out for 0.1 ln(factor) + 1",
             )
 
 
@@ -57,6 +89,12 @@ class ModelConfig:
         norm_eps: epsilon of RMSNorm.
         rope_theta, rope_scaling: rotary base, and long-context scaling or None.
         tie_embeddings: the output head shares the embedding's weight.
+        qkv_bias: queries, keys and values have biases (Qwen2).
+        qk_norm: queries and keys are normalised per head before rotation (Qwen3).
+        window: sliding-window layers attend so many tokens, themselves included; None for no such
+            layer.
+        full_every: layers n - 1, 2n - 1, ... of a model with a window attend whole documents;
+            0 gives every layer the window.
         max_seq_len: longest context that the model is meant for; `generate` refuses more.
 
     Raises:
@@ -74,6 +112,10 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    full_every: int = 0
     max_seq_len: int = 131_072
 
     def __post_init__(self) -> None:
@@ -94,6 +136,25 @@ class ModelConfig:
                 "must be even, because rotary embedding turns pairs of channels",
                 f"use {self.head_dim + 1}",
             )
+        if self.window is not None and self.window < 1:
+            raise UserError(
+                f"model.window={self.window}", "must be positive", "use 4096, or null for none"
+            )
+        if self.full_every < 0 or (self.full_every and self.window is None):
+            raise UserError(
+                f"model.full_every={self.full_every}",
+                "must be 0 or more, and 0 where model.window is null",
+                "set model.window too, or model.full_every=0",
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer the tokens that it attends, itself included; None for all before it."""
+        every = self.full_every
+        return tuple(
+            None if every and (layer + 1) % every == 0 else self.window
+            for layer in range(self.layers)
+        )
 
 
 def _llama(vocab_size: int = 128_256, **shape: Any) -> ModelConfig:

@@ -1,35 +1,24 @@
-"""Documents packed into sequences of exactly seq_len tokens, without padding.
+"""Sequences of exactly so many tokens, without padding, cut from a stream of documents.
 
-The documents of a split are shuffled by (seed, epoch) and laid end to end, epoch after epoch, into
-one endless stream. Pack i is the stream's tokens [i * seq_len, (i + 1) * seq_len). So what a pack
-holds depends on (seed, i) alone, and every token appears exactly once per epoch. A document cut at
-the end of a pack goes on in the next one as a segment of its own.
-
-With `max_document`, longer documents are first cut into pieces of that many tokens, which are
-shuffled like documents. A token still has the label it has in the whole document.
+A sequence is the stream's tokens [start, start + seq_len): what it holds depends on the corpus, the
+seed and those two numbers alone, and positions in the data are counted in tokens, so that lengths
+may change between sequences without a token being read twice or left out. A document cut at the end
+of a sequence goes on in the next one as a segment of its own.
 """
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ringattn.errors import UserError
-from ringattn.launch.corpus import (
-    SPLITS,
-    check_ids,
-    load_corpus_tokenizer,
-    load_meta,
-    open_shard,
-    shard_paths,
-)
+from ringattn.launch.corpus import load_corpus_tokenizer, load_meta, same_tokenizer
+from ringattn.launch.document_stream import IGNORE, DocumentStream
+from ringattn.launch.mixture import MixtureStream
 from ringattn.launch.tokenizer import Tokenizer
 
-IGNORE = -100
-"""Label of a position whose next token belongs to another document."""
-
-_EPOCHS_KEPT = 3
+__all__ = ["IGNORE", "Batches", "Pack", "PackedDataset"]
 
 
 @dataclass(frozen=True)
@@ -48,119 +37,96 @@ class Pack:
     lengths: list[int]
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """What is shuffled: the split's documents, or pieces of them, in stored order."""
-
-    shard: np.ndarray  # number of the shard
-    start: np.ndarray  # first token in it
-    length: np.ndarray
-    ends_document: np.ndarray  # bool: the piece is its document's last
-
-    @classmethod
-    def cut(cls, offsets: list[np.ndarray], most: int | None) -> "_Pieces":
-        """Pieces of at most `most` tokens of the documents at `offsets` of each shard."""
-        start = np.concatenate([part[:-1] for part in offsets])
-        stop = np.concatenate([part[1:] for part in offsets])
-        shard = np.repeat(np.arange(len(offsets)), [len(part) - 1 for part in offsets])
-        if most is None:
-            return cls(shard, start, stop - start, np.ones(len(start), bool))
-        count = -(-(stop - start) // most)
-        first = np.cumsum(count) - count
-        within = np.arange(count.sum()) - np.repeat(first, count)
-        begin = np.repeat(start, count) + most * within
-        end = np.repeat(stop, count)
-        length = np.minimum(end - begin, most)
-        return cls(np.repeat(shard, count), begin, length, begin + length == end)
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    order: np.ndarray  # piece number at each place of the epoch
-    ends: np.ndarray  # int64, stream position after each of them, counted from the epoch's start
-    documents: np.ndarray  # int64 (places + 1,), documents ended before each place
-
-
 class PackedDataset:
-    """Packs of one split of a prepared corpus.
+    """Sequences of one split of a prepared corpus, or of several mixed by weight.
 
-    The training split is endless: any index >= 0. The held-out split is read once in its stored
-    order: `packs` packs cover it, and positions after its end repeat tokens under `IGNORE` labels,
-    so that a loss summed over indices 0 .. packs - 1 (or beyond) counts each of its tokens once.
+    The training split is endless: any position >= 0. The held-out split is read once in its stored
+    order, corpus after corpus: `packs` packs cover it, and positions after its end repeat tokens
+    under `IGNORE` labels, so that a loss summed over packs 0 .. packs - 1 (or beyond) counts each
+    of its tokens once.
 
     Args:
-        path: folder written by `prepare`.
-        split: "train" or "heldout".
+        path: folder written by `prepare`, or (folder, weight) of each corpus of a mixture.
+        split: "train" or "heldout"; weights do not matter to the latter, and corpora without a
+            held-out document are left out.
         seq_len: tokens of a pack.
         seed: of the shuffle; the held-out split does not use it.
-        max_document: documents are cut into pieces of at most this many tokens; None keeps them
-            whole. Shorter pieces mix more documents into a pack, and limit the context.
+        max_document, long_document, long_repeats: as in `DocumentStream`. Pieces of at most
+            max_document tokens mix more documents into a pack, and limit the context.
 
     Attributes:
-        meta: the corpus's `CorpusMeta`.
-        tokenizer: the corpus's tokenizer.
-        vocab_size: of the corpus.
-        tokens: tokens of the split = length of one epoch.
+        meta: the (first) corpus's `CorpusMeta`.
+        tokenizer: the corpora's tokenizer.
+        vocab_size: of the corpora.
+        tokens: tokens of the split = length of one epoch, of a mixture that of all its corpora.
         packs: ceil(tokens / seq_len).
 
     Raises:
-        UserError: bad files (missing, truncated, of another version), an empty split, or seq_len
-            < 1. Checksums are not compared here; `check_corpus` does that.
+        UserError: bad files (missing, truncated, of another version), an empty split, values out of
+            range, or corpora of different tokenizers. Checksums are not compared here;
+            `check_corpus` does that.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[tuple[str | Path, float]],
         split: str,
         seq_len: int,
         seed: int = 0,
         *,
         max_document: int | None = None,
+        long_document: int | None = None,
+        long_repeats: int = 1,
     ) -> None:
-        if split not in SPLITS:
-            raise UserError(f"split={split!r}", "is no split", f"use one of {', '.join(SPLITS)}")
         if seq_len < 1:
             raise UserError(f"data.seq_len={seq_len}", "must be positive", "use 1 or more")
-        if max_document is not None and max_document < 2:
-            raise UserError(
-                f"data.max_document={max_document}",
-                "must be at least 2 tokens, or null for whole documents",
-                "use 2048",
-            )
-        if seed < 0:
-            raise UserError(f"seed={seed}", "must not be negative", "use 0 or more")
-        self.path, self.split, self.seq_len, self.seed = Path(path), split, seq_len, seed
-        self.meta = load_meta(path)
+        corpora = [(path, 1.0)] if isinstance(path, (str, Path)) else list(path)
+        folders = [Path(folder) for folder, _ in corpora]
+        self.path, self.split, self.seq_len, self.seed = folders[0], split, seq_len, seed
+        self.meta = load_meta(folders[0])
         self.vocab_size = self.meta.vocab_size
-        self.tokenizer: Tokenizer = load_corpus_tokenizer(path, self.meta)
-        self._shards = self.meta.split(split)
-        opened = [open_shard(path, self.meta, shard) for shard in self._shards]
-        self._maps = [tokens for tokens, _ in opened]
-        self._offsets = [offsets for _, offsets in opened]
-        self.tokens = sum(len(tokens) for tokens in self._maps)
-        if self.tokens == 0:
-            raise UserError(
-                f"data.path={str(path)!r}",
-                f"has no token in the split {split!r}",
-                "prepare it again from more documents or with another holdout share",
+        self.tokenizer: Tokenizer = load_corpus_tokenizer(folders[0], self.meta)
+        check_one_tokenizer(folders)
+
+        def stream(folders: list[Path]) -> DocumentStream:
+            return DocumentStream(
+                folders,
+                split,
+                seed,
+                max_document=max_document,
+                long_document=long_document,
+                long_repeats=long_repeats,
             )
+
+        self._stream: DocumentStream | MixtureStream
+        if split == "train" and len(corpora) > 1:
+            weights = [weight for _, weight in corpora]
+            self._stream = MixtureStream([stream([folder]) for folder in folders], weights)
+        else:
+            self._stream = stream(folders)
+        self.tokens = self._stream.tokens
         self.packs = -(-self.tokens // seq_len)
-        self._pieces = _Pieces.cut(self._offsets, max_document)
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def pack(self, index: int) -> Pack:
-        """The pack at `index` >= 0, a pure function of (seed, index).
+        """The pack at `index` >= 0: `read` of position index * seq_len.
 
         Raises:
             UserError: a token id outside the vocabulary, naming file and document.
         """
-        begin = index * self.seq_len
-        tokens = np.empty(self.seq_len, np.int64)
-        labels = np.empty(self.seq_len, np.int64)
+        return self.read(index * self.seq_len, self.seq_len)
+
+    def read(self, start: int, seq_len: int) -> Pack:
+        """The stream's tokens [start, start + seq_len), a pure function of seed and arguments.
+
+        Raises:
+            UserError: a token id outside the vocabulary, naming file and document.
+        """
+        tokens = np.empty(seq_len, np.int64)
+        labels = np.empty(seq_len, np.int64)
         lengths: list[int] = []
         filled = 0
-        while filled < self.seq_len:
-            ids, following = self._segment(begin + filled, self.seq_len - filled)
+        while filled < seq_len:
+            ids, following = self._stream.segment(start + filled, seq_len - filled)
             end = filled + len(ids)
             tokens[filled:end] = ids
             labels[filled : end - 1] = ids[1:]
@@ -168,77 +134,77 @@ class PackedDataset:
             lengths.append(len(ids))
             filled = end
         if self.split == "heldout":
-            labels[max(0, self.tokens - begin) :] = IGNORE
+            labels[max(0, self.tokens - start) :] = IGNORE
         return Pack(tokens, labels, lengths)
 
-    def valid_tokens(self, index: int) -> int:
-        """Labels of the pack at `index` that are not `IGNORE`, without reading its tokens."""
-        begin, end = index * self.seq_len, (index + 1) * self.seq_len
+    def lengths(self, start: int, seq_len: int) -> list[int]:
+        """Document segment lengths of `read(start, seq_len)`, without reading its tokens."""
+        found: list[int] = []
+        end = start + seq_len
+        while start < end:
+            found.append(min(self._stream.left(start), end - start))
+            start += found[-1]
+        return found
+
+    def documents(self) -> list[tuple[int, int]]:
+        """Position and tokens of every document of one epoch, in the stream's order.
+
+        Of a mixture, whose stream has no epoch, there is no such list.
+        """
+        assert isinstance(self._stream, DocumentStream), "a mixture has no epoch"
+        pieces = self._stream.pieces(0, self.tokens)
+        return list(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True))
+
+    def valid_tokens(self, start: int, seq_len: int) -> int:
+        """Labels of `read(start, seq_len)` that are not `IGNORE`, without reading its tokens."""
+        end = start + seq_len
         if self.split == "heldout":
             end = min(end, self.tokens)
-        valid = max(end - begin, 0)
-        while begin < end:  # less one for each document whose last token lies in the pack
-            number, at = divmod(begin, self.tokens)
-            upto = min(self.tokens, at + end - begin)
-            epoch = self._epoch(number)
-            places = np.searchsorted(epoch.ends, (at, upto), side="right")
-            valid -= int(np.diff(epoch.documents[places])[0])
-            begin += upto - at
-        return valid
+        # Less one for each document whose last token lies there.
+        return max(end - start, 0) - self._stream.documents_ended(start, end)
 
-    def _segment(self, position: int, most: int) -> tuple[np.ndarray, int]:
-        """Up to `most` tokens of the piece at a stream position, and the label of the last."""
-        number, at = divmod(position, self.tokens)
-        epoch = self._epoch(number)
-        place = int(np.searchsorted(epoch.ends, at, side="right"))
-        piece = int(epoch.order[place])
-        left = int(epoch.ends[place]) - at
-        shard = int(self._pieces.shard[piece])
-        stop = int(self._pieces.start[piece] + self._pieces.length[piece])
-        start, end = stop - left, min(stop, stop - left + most)
-        whole = end == stop and bool(self._pieces.ends_document[piece])
-        ids = self._maps[shard][start : end if whole else end + 1]
-        path = shard_paths(self.path, self._shards[shard].name)[0]
-        check_ids(ids, start, self._offsets[shard], path, self.vocab_size)
-        return (ids, IGNORE) if whole else (ids[:-1], int(ids[-1]))
 
-    def _epoch(self, number: int) -> _Epoch:
-        if self.split == "heldout":
-            number = 0
-        if number not in self._epochs:
-            order = np.arange(len(self._pieces.length))
-            if self.split == "train":
-                np.random.Generator(np.random.PCG64([self.seed, number])).shuffle(order)
-            documents = np.cumsum(self._pieces.ends_document[order])
-            self._epochs[number] = _Epoch(
-                order, np.cumsum(self._pieces.length[order]), np.concatenate([[0], documents])
+def check_one_tokenizer(folders: Sequence[Path]) -> None:
+    """Refuses corpora that were prepared with different tokenizers.
+
+    Raises:
+        UserError: naming two folders.
+    """
+    first = folders[0], load_meta(folders[0])
+    for folder in folders[1:]:
+        meta = load_meta(folder)
+        if not same_tokenizer(*first, folder, meta):
+            raise UserError(
+                f"data.mixture: {folder} has the tokenizer {meta.tokenizer!r} of "
+                f"{meta.vocab_size} tokens",
+                f"{first[0]} has another ({first[1].tokenizer!r}, {first[1].vocab_size} tokens)",
+                "prepare all corpora of a mixture with one --tokenizer",
             )
-            while len(self._epochs) > _EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        return self._epochs[number]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Which packs each step, micro-batch and data-parallel rank reads: a pure function of step.
+    """Which tokens each step, micro-batch and data-parallel rank reads: a pure function of step.
 
-    One step reads `per_step` consecutive packs. Micro-batch m of dp rank r holds packs
-    first + (m * dp + r) * batch ... + batch, so dp and accumulate may trade against each other
-    without changing which packs a step reads.
+    One step reads `per_step` consecutive packs of one length. Micro-batch m of dp rank r holds its
+    packs number (m * dp + r) * batch ... + batch, so dp and accumulate may trade against each other
+    without changing which tokens a step reads.
 
     Attributes:
+        stages: (step, tokens of a pack from that step on), by rising step; the first is step 0.
         batch: packs of one micro-batch of one dp rank.
         dp: data-parallel ranks.
         accumulate: micro-batches per step.
-        origin_step, origin_pack: the first pack of step `origin_step`; set both when a run is
-            resumed with another `per_step`, to `position` of the run that was saved.
+        origin_step, origin: where step `origin_step` begins to read, in tokens of the stream; set
+            both when a run is resumed, to `position` of the run that was saved.
     """
 
+    stages: tuple[tuple[int, int], ...]
     batch: int = 1
     dp: int = 1
     accumulate: int = 1
     origin_step: int = 0
-    origin_pack: int = 0
+    origin: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "dp", "accumulate"):
@@ -250,12 +216,24 @@ class Batches:
         """Packs read by one step over all ranks and micro-batches."""
         return self.batch * self.dp * self.accumulate
 
-    def position(self, step: int) -> int:
-        """Packs read before `step`: the position in the data to save."""
-        return self.origin_pack + (step - self.origin_step) * self.per_step
+    def seq_len(self, step: int) -> int:
+        """Tokens of each pack of `step`."""
+        return next(length for first, length in reversed(self.stages) if first <= step)
 
-    def indices(self, step: int) -> np.ndarray:
-        """Pack indices of `step`, int64 (accumulate, dp, batch)."""
-        first = self.position(step)
-        packs = np.arange(first, first + self.per_step, dtype=np.int64)
-        return packs.reshape(self.accumulate, self.dp, self.batch)
+    def tokens(self, step: int) -> int:
+        """Tokens read by `step` over all ranks and micro-batches."""
+        return self.per_step * self.seq_len(step)
+
+    def position(self, step: int) -> int:
+        """Tokens read before `step` >= origin_step: the position in the data to save."""
+        ends = [first for first, _ in self.stages[1:]] + [step]
+        read = 0
+        for (first, length), end in zip(self.stages, ends, strict=True):
+            steps = min(end, step) - max(first, self.origin_step)
+            read += max(steps, 0) * length
+        return self.origin + read * self.per_step
+
+    def starts(self, step: int) -> np.ndarray:
+        """Stream position of each pack of `step`, int64 (accumulate, dp, batch)."""
+        packs = np.arange(self.per_step, dtype=np.int64) * self.seq_len(step)
+        return (self.position(step) + packs).reshape(self.accumulate, self.dp, self.batch)

@@ -20,7 +20,9 @@ def parallelize(model: Transformer, config: Config, mesh: TrainMesh) -> None:
         config: the run.
         mesh: the ranks. No communication for ddp and deepspeed.
     """
+    # 1. Layer memory and compilation.
     apply_memory(model, config)
+    # 2. Sharding.
     parallel = config.parallel
     if parallel.engine == "fsdp":
         from ringattn.parallel.fsdp import shard_layers

@@ -12,15 +12,20 @@ from ringattn.draw import draw_mask, draw_work
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
-from ringattn.launch.corpus import load_meta
+from ringattn.launch.feed import layer_masks
 from ringattn.launch.fit import FitModel
 from ringattn.launch.fit_report import fit_json, fit_table, recipe_comment
-from ringattn.launch.job import build_context
-from ringattn.launch.model_config import MODEL_SIZES, ModelConfig
+from ringattn.launch.job import build_context, open_split
+from ringattn.launch.model_config import MODEL_SIZES
 from ringattn.launch.packing import PackedDataset
-from ringattn.launch.plan_report import plan_json, plan_table
-from ringattn.masks import Mask
-from ringattn.planner import Comparison
+from ringattn.launch.plan_stack import (
+    LayerKind,
+    degrees_json,
+    degrees_line,
+    kinds_json,
+    kinds_table,
+    layer_kinds,
+)
 from ringattn.timeline import chrome_trace, draw_timeline
 
 
@@ -37,6 +42,8 @@ def plan(
     """Prints what each way to run a configuration's attention is predicted to cost.
 
     The mask is that of the corpus's first pack, or a causal one where the corpus is not prepared.
+    Layers with windows are priced by mask, on the layout of the whole stack; with
+    ``parallel.min_cp`` the first step's packs are scheduled too.
     Keys under ``attention`` that are not "auto" are kept to.
 
     Args:
@@ -53,54 +60,48 @@ def plan(
         UserError: a configuration or cluster that cannot be planned, or a path that cannot be
             written.
     """
-    check_config(config)
     name = cluster or config.attention.cluster or default_cluster()
     config = replace(config, attention=replace(config.attention, cluster=name))
-    mask, source, vocab_size = _mask(config, comment=comment)
-    shape = resolve_model(config, vocab_size)
+    check_config(config)
+    packs = None if comment else _packs(config)
+    lengths, source = _lengths(config, packs)
+    shape = resolve_model(config, packs.vocab_size if packs else _vocabulary(config))
     context = build_context(config, shape, config.parallel.cp)
     if fit or comment:
-        _print_fit(config, shape, context, mask, source, as_json=as_json, comment=comment)
+        plans = context.plans(layer_masks(lengths, shape.windows))
+        _print_fit(FitModel(config, shape, plans), source, as_json=as_json, comment=comment)
         return 0
-    comparison = context.compare(mask, exhaustive=True)
+    kinds = layer_kinds(context, lengths, shape.windows)
+    degrees = None
+    if packs is not None and config.parallel.min_cp is not None:
+        degrees = degrees_json(config, shape, packs)
     about = (
         f"{source}; {shape.heads}:{shape.kv_heads} heads of {shape.head_dim}, {config.train.dtype},"
         f" {context.world} ranks, {context.ranks_per_node} per node; cluster {name}"
     )
-    per_step = shape.layers * config.train.accumulate
     print(about, file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps(plan_json(comparison), indent=1))
-        for refusal in comparison.refusals:
-            print(f"refused: {refusal.candidate}: {refusal.reason}", file=sys.stderr)
+        found = kinds_json(kinds) | ({"step": degrees} if degrees else {})
+        print(json.dumps(found, indent=1))
+        for kind in kinds:
+            for refusal in kind.comparison.refusals:
+                print(f"refused: {refusal.candidate}: {refusal.reason}", file=sys.stderr)
     else:
         print("times and bytes of one layer and one pack; bytes received per rank, both directions")
-        print("\n".join(plan_table(comparison)))
-        total = per_step * comparison.best.seconds
-        print(f"attention of a training step: {per_step} × that = {1e3 * total:.4g} ms")
-    _write(context, mask, comparison, pictures, trace)
+        print("\n".join(kinds_table(kinds, config.train.accumulate)))
+        if degrees is not None:
+            print(degrees_line(degrees, config.packs_per_step))
+    _write(context, kinds[0], pictures, trace)
     return 0
 
 
-def _print_fit(
-    config: Config,
-    shape: ModelConfig,
-    context: ra.ContextParallel,
-    mask: Mask,
-    source: str,
-    *,
-    as_json: bool,
-    comment: bool,
-) -> None:
+def _print_fit(model: FitModel, source: str, *, as_json: bool, comment: bool) -> None:
     """The prediction for a training step with the attention that the planner chooses."""
-    assert context.cluster is not None
-    quote = context.compare(mask).best
-    model = FitModel(config, shape, context.cluster, context.plan_of(mask, quote), quote)
-    found, name = model.fit(others=not comment), str(config.attention.cluster)
+    found, cluster = model.fit(others=not comment), str(model.config.attention.cluster)
     if comment:
-        print("\n".join(recipe_comment(found, model, quote, name)))
+        print("\n".join(recipe_comment(found, model, cluster)))
         return
-    about = f"{source}; {config.world} ranks, {quote.candidate}; cluster {name}"
+    about = f"{source}; {model.config.world} ranks, {model.methods}; cluster {cluster}"
     print(about, file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(fit_json(found, model), indent=1))
@@ -113,24 +114,25 @@ def default_cluster() -> str:
     return "h100_sxm" if torch.cuda.is_available() else "cpu_gloo"
 
 
-def _mask(config: Config, *, comment: bool = False) -> tuple[Mask, str, int]:
-    """The mask, what it is, and the vocabulary's size; a recipe's comment needs no corpus."""
-    data = config.data
-    if comment or not (Path(data.path) / "meta.json").is_file():
-        if not comment:
-            print(
-                f"data.path={data.path} is not prepared: planning a causal mask of {data.seq_len} "
-                "tokens",
-                file=sys.stderr,
-            )
-        about = f"causal mask of {data.seq_len} tokens"
-        return ra.masks.causal(data.seq_len), about, _vocabulary(config)
-    packs = PackedDataset(
-        data.path, "train", data.seq_len, config.seed, max_document=data.max_document
-    )
-    lengths = packs.pack(0).lengths
-    text = f"first pack of {data.path}: {len(lengths)} documents in {data.seq_len} tokens"
-    return ra.masks.documents(lengths, causal=True), text, load_meta(data.path).vocab_size
+def _packs(config: Config) -> PackedDataset | None:
+    """The corpus's packs; None where it is not prepared."""
+    if not all((Path(path) / "meta.json").is_file() for path, _ in config.data.corpora):
+        return None
+    return open_split(config, "train")
+
+
+def _lengths(config: Config, packs: PackedDataset | None) -> tuple[list[int], str]:
+    """Document lengths of the pack to plan, and what it is."""
+    path, tokens = config.data.corpora[0][0], config.data.longest
+    if packs is None:
+        print(
+            f"data.path={path} is not prepared: planning a causal mask of {tokens} tokens",
+            file=sys.stderr,
+        )
+        return [tokens], f"causal mask of {tokens} tokens"
+    lengths = packs.read(0, tokens).lengths
+    text = f"first pack of {path}: {len(lengths)} documents in {tokens} tokens"
+    return lengths, text
 
 
 def _vocabulary(config: Config) -> int:
@@ -140,19 +142,18 @@ def _vocabulary(config: Config) -> int:
 
 def _write(
     context: ra.ContextParallel,
-    mask: Mask,
-    comparison: Comparison,
+    kind: LayerKind,
     pictures: str | None,
     trace: str | None,
 ) -> None:
     """Writes the pictures and the trace of the choice."""
-    best = comparison.best
+    best = kind.comparison.best
     try:
         if pictures is not None:
             folder = Path(pictures)
             folder.mkdir(parents=True, exist_ok=True)
-            draw_mask(mask, best.layout, folder / "mask.png")
-            draw_work(context.plan(mask), folder / "work.png")
+            draw_mask(kind.mask, best.layout, folder / "mask.png")
+            draw_work(kind.plan, folder / "work.png")
             title = f"predicted: {best.candidate}, {context.world} ranks"
             draw_timeline(best.priced, folder / "timeline.png", title=title)
             print(f"wrote mask.png, work.png, timeline.png in {folder}", file=sys.stderr)

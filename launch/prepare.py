@@ -1,10 +1,8 @@
 """Turns a corpus source into a folder of memory-mapped token shards (format: `corpus`)."""
 
 import hashlib
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from ringattn.launch.corpus import (
     CorpusMeta,
     load_meta,
 )
-from ringattn.launch.corpus_writer import SplitWriter, length_histogram
+from ringattn.launch.corpus_writer import SplitWriter, length_histogram, new_corpus_folder
 from ringattn.launch.data_sources import Source
 from ringattn.launch.entropy import corpus_entropy
 from ringattn.launch.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -70,25 +68,10 @@ def prepare(
         raise UserError(f"holdout={holdout}", "must be in [0, 1)", "use 0.02")
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens}", "must be positive", "use 268435456")
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"out_dir={str(out)!r}",
-            "already exists and is not empty",
-            "name a new folder or remove it first",
-        )
     settings = _settings(source, tokenizer, holdout, shard_tokens, seed, separator)
     encoder = load_tokenizer(tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        meta = _write(Source(source, separator), work, encoder, settings, progress)
-        work.chmod(0o755)  # mkdtemp makes it private
-        os.replace(work, out)  # atomic; an existing empty folder is replaced
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return meta
+    with new_corpus_folder(Path(out_dir)) as work:
+        return _write(Source(source, separator), work, encoder, settings, progress)
 
 
 def prepare_if_missing(
@@ -187,7 +170,7 @@ def _write(
     edges, counts = length_histogram({split: writers[split].lengths for split in SPLITS})
     meta = CorpusMeta(
         format_version=FORMAT_VERSION,
-        tokenizer=_copy_tokenizer(tokenizer, work),
+        tokenizer=copy_tokenizer(tokenizer, work),
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dtype=dtype,
@@ -232,7 +215,8 @@ def _check_splits(source: Source, holdout: float, writers: dict[str, SplitWriter
             )
 
 
-def _copy_tokenizer(tokenizer: Tokenizer, work: Path) -> str:
+def copy_tokenizer(tokenizer: Tokenizer, work: Path) -> str:
+    """Copies a tokenizer's files into a corpus; returns the entry of its `CorpusMeta`."""
     if tokenizer.name == "bytes":
         return "bytes"
     (work / "tokenizer").mkdir()

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from typing import TextIO
 
 from ringattn.launch.metrics import StepMetrics
@@ -33,9 +34,10 @@ class ProgressLine:
             return
         done = metrics.step - self._first
         left = (time.monotonic() - self._start) / done * (self._last - metrics.step)
+        degrees = "" if metrics.degrees is None else f"  cp {format_degrees(metrics.degrees)}"
         text = (
             f"step {metrics.step}/{self._last}  loss {metrics.loss:.4f}  "
-            f"{metrics.tokens_per_s:,.0f} tokens/s  ETA {format_seconds(left)}"
+            f"{metrics.tokens_per_s:,.0f} tokens/s{degrees}  ETA {format_seconds(left)}"
         )
         if self._in_place:
             self._stream.write(f"\r\x1b[K{text}")
@@ -56,6 +58,12 @@ class ProgressLine:
             self._stream.write("\n")
             self._stream.flush()
             self._open = False
+
+
+def format_degrees(degrees: list[int]) -> str:
+    """Rounds of each degree, such as 1x8+4x2: one round on 8 ranks per pack, four on 2."""
+    counts = Counter(degrees)
+    return "+".join(f"{counts[degree]}x{degree}" for degree in sorted(counts, reverse=True))
 
 
 def format_seconds(seconds: float) -> str:

@@ -44,7 +44,7 @@ def open_run_folder(job: Job) -> Path:
         model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}
         (folder / "model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
         if job.train.meta.tokenizer != "bytes":
-            source = Path(job.config.data.path) / job.train.meta.tokenizer
+            source = job.train.path / job.train.meta.tokenizer
             shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
     except OSError as error:
         raise UserError(

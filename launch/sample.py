@@ -9,6 +9,8 @@ from ringattn.errors import UserError
 from ringattn.launch.model import Transformer
 from ringattn.launch.tokenizer import Tokenizer
 
+_LEAST_ROWS = 512  # of a window's rows that are computed together
+
 
 class CachedAttention:
     """Dense causal attention of one layer that remembers all earlier keys and values.
@@ -17,10 +19,11 @@ class CachedAttention:
 
     Args:
         capacity: most tokens the sequence will ever hold; the cache is allocated once.
+        window: tokens that a token attends, itself included; None for all before it.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, window: int | None = None) -> None:
+        self.capacity, self.window = capacity, window
         self.length = 0
         self._k_BKTD: torch.Tensor | None = None
         self._v_BKTD: torch.Tensor | None = None
@@ -37,19 +40,36 @@ class CachedAttention:
         self._k_BKTD[:, :, start:stop] = k.transpose(1, 2)
         self._v_BKTD[:, :, start:stop] = v.transpose(1, 2)
         self.length = stop
+        # Rows of a window see few keys: a few rows at a time need no mask of all keys.
+        rows = q.shape[1] if self.window is None else max(self.window, _LEAST_ROWS)
+        parts = [
+            self._rows(part.transpose(1, 2), start + number * rows)
+            for number, part in enumerate(q.split(max(rows, 1), dim=1))
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _rows(self, q_BHTD: torch.Tensor, start: int) -> torch.Tensor:
+        """Attention of the rows from `start` on over the keys that they see."""
+        assert self._k_BKTD is not None
+        assert self._v_BKTD is not None
+        count, stop = q_BHTD.shape[2], start + q_BHTD.shape[2]
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        cut = self.window is not None and stop - first > self.window
         mask = None
-        if start and stop - start > 1:  # aligned to the last key, which is_causal would not be
-            columns = torch.arange(stop, device=q.device)
-            mask = columns <= torch.arange(start, stop, device=q.device)[:, None]
-        out_BHTD = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            self._k_BKTD[:, :, :stop],
-            self._v_BKTD[:, :, :stop],
+        if count > 1 and (start or cut):  # aligned to the last key, which is_causal would not be
+            ahead = torch.arange(first, stop, device=q_BHTD.device)
+            ahead = ahead - torch.arange(start, stop, device=q_BHTD.device)[:, None]
+            mask = ahead <= 0
+            if self.window is not None:
+                mask &= ahead > -self.window
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            self._k_BKTD[:, :, first:stop],
+            self._v_BKTD[:, :, first:stop],
             attn_mask=mask,
-            is_causal=start == 0 and stop > 1,
+            is_causal=mask is None and count > 1,
             enable_gqa=True,
         )
-        return out_BHTD.transpose(1, 2)
 
 
 def pick(
@@ -104,7 +124,7 @@ def generate(
     _check(model, ids, tokens=tokens, temperature=temperature, top_k=top_k)
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
-    caches = [CachedAttention(len(ids) + tokens) for _ in range(model.cfg.layers)]
+    caches = [CachedAttention(len(ids) + tokens, window) for window in model.cfg.windows]
     new: list[int] = []
     feed, start = ids, 0
     while len(new) < tokens:

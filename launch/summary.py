@@ -26,7 +26,8 @@ def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics |
         evaluation: on the held-out split, None without one.
     """
     folder = Path(job.config.run.dir)
-    entropy = job.train.meta.entropy
+    # A mixture's tokens are not those that one corpus's entropy was measured on.
+    entropy = job.train.meta.entropy if len(job.config.data.corpora) == 1 else {}
     losses: dict[str, Any] = {}
     if evaluation is not None:
         losses["held-out loss"] = evaluation.loss

@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from ringattn.launch.config_check import check_config, check_world
 from ringattn.launch.failure import claim_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
 from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
-from ringattn.launch.session import open_session, open_store
+from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
 
 _REPORT_GRACE_S = 10.0
@@ -28,15 +30,38 @@ def train(config: Config) -> int:
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
+    return on_ranks(config, _train_rank, partial(check_before_start, config))
+
+
+def on_ranks(
+    config: Config, body: Callable[[Config, Session], None], check: Callable[[], None]
+) -> int:
+    """Runs `body` as one rank of the launcher that started this process, or on local ranks.
+
+    Args:
+        config: dp × cp ranks, device, timeout.
+        body: what a rank does; picklable.
+        check: called once before local ranks are started; raises UserError.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
+    """
     ranks = discover_ranks(os.environ)
     if ranks is not None:
-        return _run_rank(config, ranks)
-    code = run_reporting(lambda: check_before_start(config))
+        return _run_rank(config, ranks, body)
+    code = run_reporting(check)
     if code:
         return code
     if config.world == 1:
-        return _run_rank(config, Ranks())
-    return start_local_ranks(config.world, local_rank, config)
+        return _run_rank(config, Ranks(), body)
+    return start_local_ranks(config.world, local_rank, config, body)
+
+
+def _train_rank(config: Config, session: Session) -> None:
+    if session.is_main:
+        prepare_corpus(config)
+    session.barrier()
+    Trainer(open_job(config, session.ranks.local_world), session).fit()
 
 
 def check_before_start(config: Config) -> None:
@@ -58,17 +83,17 @@ def check_before_start(config: Config) -> None:
         )
 
 
-def local_rank(config: Config) -> None:
+def local_rank(config: Config, body: Callable[[Config, Session], None]) -> None:
     """The body of a process that `start_local_ranks` started; ends it with its exit code."""
     ranks = discover_ranks(os.environ)
     assert ranks is not None, "the elastic agent sets torchrun's variables"
     # Ctrl-C reaches every process of the terminal; the parent reports it and ends the ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _leave(_run_rank(config, ranks))
+    _leave(_run_rank(config, ranks, body))
 
 
-def _run_rank(config: Config, ranks: Ranks) -> int:
-    """Trains as one rank; reports a failure at most once per job."""
+def _run_rank(config: Config, ranks: Ranks, work: Callable[[Config, Session], None]) -> int:
+    """Works as one rank; reports a failure at most once per job."""
     timeout = timedelta(seconds=config.run.timeout_s)
     stores: list[dist.Store] = []
 
@@ -87,10 +112,7 @@ def _run_rank(config: Config, ranks: Ranks) -> int:
         check_world(config, ranks.world)
         stores.append(open_store(ranks, timeout))
         with open_session(config, ranks, stores[0]) as session:
-            if session.is_main:
-                prepare_corpus(config)
-            session.barrier()
-            Trainer(open_job(config, ranks.local_world), session).fit()
+            work(config, session)
 
     return run_reporting(body, rank=ranks.rank if ranks.world > 1 else None, claim=claim)
 

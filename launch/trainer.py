@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import ringattn as ra
 from ringattn.errors import UserError
 from ringattn.launch.checkpoint import (
     FORMAT_VERSION,
@@ -20,19 +20,21 @@ from ringattn.launch.checkpoint import (
     save_checkpoint,
 )
 from ringattn.launch.data_loader import StepBatch
+from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
-from ringattn.launch.feed import causal_area, open_loader, step_batches, take_share
+from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
+from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
-from ringattn.launch.model import initial_weights
 from ringattn.launch.profile import StepProfiler
 from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
 from ringattn.launch.summary import write_summary
+from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
 
 _RNG = "rng/cpu"
@@ -55,10 +57,11 @@ class Trainer:
             session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout
         )
         torch.manual_seed(self.config.seed)
-        weights = initial_weights(job.shape, self.config.seed)
+        weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
         self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
+        self.degrees = open_degrees(job, self.cp, session.timeout, staged)
         try:
             self.start, origin = self._restore()
         except BaseException:
@@ -92,6 +95,8 @@ class Trainer:
             self.cp,
             self.mesh.dp_rank,
             steps,
+            self.job.shape.windows,
+            self.degrees and self.degrees.deal,
             self.config.memory.recomputed,
         )
         last_eval = None
@@ -115,12 +120,14 @@ class Trainer:
             write_summary(self.job, self.engine.whole_model(), last_eval)
         self.session.barrier()
 
-    def _train_step(self, batch: StepBatch[ra.Plan], began: float) -> StepMetrics:
+    def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
         tokens, never averaged per rank: ranks hold different numbers of counted tokens."""
         valid = max(batch.valid_tokens, 1)
-        # Loss sum and mask area of this rank; the area counts once per dp rank.
-        sums = torch.zeros(2, dtype=torch.float64, device=self.session.device)
+        # Loss sum of this rank, and each layer's mask area, which counts once per pack.
+        layers = self.job.shape.layers
+        sums = torch.zeros(1 + layers, dtype=torch.float64, device=self.session.device)
+        areas = torch.zeros(layers, dtype=torch.float64)
         for index, micro in enumerate(batch.micro):
             share = take_share(micro, self.session.device)
             loss = self.engine.loss_sum(
@@ -128,12 +135,12 @@ class Trainer:
             )
             self.engine.backward(loss / valid, last=index == len(batch.micro) - 1)
             sums[0] += loss.detach()
-            if self.mesh.cp_rank == 0:
-                sums[1] += causal_area(micro.lengths)
+            areas += torch.tensor(own_areas(micro), dtype=torch.float64)
+        sums[1:] = areas
         rate = learning_rate(self.config.train, batch.step)
         norm = self.engine.step(rate)
         dist.all_reduce(sums, group=self.mesh.world)
-        loss_sum, area = sums.tolist()
+        loss_sum, *area = sums.tolist()
         if not math.isfinite(loss_sum):
             # Every rank sees the same sum. Nothing is saved after this step.
             raise UserError(
@@ -142,10 +149,10 @@ class Trainer:
                 "lower train.lr and resume from the last checkpoint",
             )
         step_s = time.perf_counter() - began
-        tokens = self.config.packs_per_step * self.config.data.seq_len
+        tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
-            flops = flops_per_step(self.job.shape, tokens, int(area))
+            flops = flops_per_step(self.job.shape, tokens, [int(a) for a in area])
             mfu = flops / (step_s * self._peak * self.config.world)
         return StepMetrics(
             step=batch.step + 1,
@@ -156,6 +163,7 @@ class Trainer:
             grad_norm=float(norm),
             lr=rate,
             mfu=mfu,
+            degrees=self.degrees and [micro.plan[0].world for micro in batch.micro],
         )
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
@@ -185,6 +193,7 @@ class Trainer:
             self.session.device,
             step=step,
             packs=self.config.train.eval_packs,
+            windows=self.job.shape.windows,
         )
         if record and self._writer is not None and self._progress is not None:
             self._writer.write_eval(result)
@@ -211,8 +220,14 @@ class Trainer:
         )
 
     def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint; returns the steps done and the packs read by them."""
+        """Loads the job's checkpoint, or the weights to start from.
+
+        Returns:
+            The steps done, and the tokens read by them.
+        """
         if self.job.checkpoint is None:
+            if self.job.weights is not None:
+                self.engine.load(partial(load_weights, self.job.weights))
             return 0, 0
         path, state = self.job.checkpoint
         rng = torch.get_rng_state()

@@ -4,7 +4,7 @@ Each layer is one group of parameters that is gathered and reduced together, and
 the layers is another. A rank keeps the rows of every parameter that `Shard(0)` gives it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ringattn.parallel.grads import exact_norm
-from ringattn.parallel.rows import rows_of
 
 
 def shard_layers(
@@ -69,18 +68,6 @@ def shard_layers(
         # is also all that gloo can do.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-@torch.no_grad()
-def fill_shards(
-    parameters: dict[str, DTensor], values: Callable[[str, torch.Size], torch.Tensor]
-) -> None:
-    """Writes this rank's rows of every parameter; one whole parameter exists at a time.
-
-    No communication: `values` gives every rank the same whole tensor.
-    """
-    for name, parameter in parameters.items():
-        parameter.to_local().copy_(rows_of(values(name, parameter.shape), parameter.device_mesh))
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,17 +2,20 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from threading import Lock
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn import checks, choice, planner
+from ringattn import checks, choice, planner, stack
 from ringattn.arena import Arena
 from ringattn.cost import Cluster, peak_bytes
 from ringattn.errors import UserError
+from ringattn.group import resolve_group
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
@@ -22,6 +25,7 @@ from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
 from ringattn.plan import Plan, Settings
 
 PLANS_KEPT = 64
+T = TypeVar("T")
 
 
 class ContextParallel:
@@ -78,7 +82,7 @@ class ContextParallel:
         layout_options: "dict[str, int | float] | None" = None,
         refine: int | None = None,
     ) -> None:
-        self.group, self.world, self.rank = _resolve(group)
+        self.group, self.world, self.rank = resolve_group(group)
         self.simulated = isinstance(group, int)
         self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
@@ -103,6 +107,7 @@ class ContextParallel:
         self.arena = Arena()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._layouts: OrderedDict[str, Layout] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -132,32 +137,55 @@ class ContextParallel:
                 "pass a mesh or a ProcessGroup, or use ringattn.simulate",
             )
 
-    def plan(self, mask: Mask) -> Plan:
+    def plan(self, mask: Mask, *, layout: Layout | None = None) -> Plan:
         """The plan for a mask. Cached; pure host work, so a data loader's thread may call it.
+
+        Args:
+            mask: what is attended.
+            layout: where the tokens lie already, in place of the group's own choice.
 
         Raises:
             UserError: the layout does not fit the mask, or the plan needs more than `memory_limit`.
         """
         checks.is_mask(mask)
         mask.head_counts(self.heads[0])  # refuses head groups that do not fit
-        with self._lock:
-            found = self._plans.get(mask.key)
-            if found is not None:
-                self._plans.move_to_end(mask.key)
-                return found
-        plan = self._build(mask)
-        with self._lock:
-            plan = self._plans.setdefault(mask.key, plan)
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return plan
+        if layout is not None:
+            checks.layout_world(layout, self.world)
+        key = mask.key if layout is None else f"{mask.key} on {layout.key}"
+        return _cached(self._lock, self._plans, key, lambda: self._offers(mask, layout)[0])
 
-    def compare(self, mask: Mask, *, exhaustive: bool = False) -> planner.Comparison:
+    def plans(self, masks: Sequence[Mask]) -> list[Plan]:
+        """One plan per layer of a stack with a mask for each, all on one layout.
+
+        Tokens are sharded once, so the layout is chosen for the stack: by the least predicted time
+        of all layers on the cluster, by nominal cost without one. Equal masks share one `Plan`;
+        `method="auto"` is chosen for each mask. Cached; pure host work.
+
+        Args:
+            masks: of each layer, over the same tokens; where all are equal, as `plan`.
+
+        Raises:
+            UserError: no mask, masks of different lengths, or as for `plan`.
+        """
+        counts = stack.count_layers(masks)
+        for mask in counts:
+            mask.head_counts(self.heads[0])  # refuses head groups that do not fit
+        if len(counts) == 1:
+            return [self.plan(masks[0])] * len(masks)
+        key = " ".join(f"{count}x{mask.key}" for mask, count in counts.items())
+        layout = _cached(self._lock, self._layouts, key, lambda: self._stack_layout(counts))
+        found = {mask: self.plan(mask, layout=layout) for mask in counts}
+        return [found[mask] for mask in masks]
+
+    def compare(
+        self, mask: Mask, *, exhaustive: bool = False, layout: Layout | None = None
+    ) -> planner.Comparison:
         """Prices the candidates for a mask on the cluster, fastest first. Pure host work.
 
         Args:
             mask: what is attended.
             exhaustive: price those too that cannot win; the choice is the same.
+            layout: as for `plan`.
 
         Raises:
             UserError: there is no cluster, or no candidate fits `memory_limit`.
@@ -166,17 +194,16 @@ class ContextParallel:
         mask.head_counts(self.heads[0])  # refuses head groups that do not fit
         if self.cluster is None:
             raise UserError("cluster=None", "prices need a cluster", 'pass e.g. cluster="h100_sxm"')
-        kernel = self.kernel if self.kernel in self.cluster.kernels else None
         return planner.compare(
             mask,
             self.world,
             self.ranks_per_node,
-            self.layout,
+            layout or self.layout,
             self.method,
             self._problem,
             planner.Terms(
                 cluster=self.cluster,
-                kernel=kernel,
+                kernel=self.priced_kernel,
                 memory_limit=self.memory_limit,
                 any_wire=self.any_wire,
                 layout_options=tuple(self.layout_options.items()),
@@ -185,14 +212,31 @@ class ContextParallel:
             exhaustive=exhaustive,
         )
 
-    def _build(self, mask: Mask) -> Plan:
+    @property
+    def priced_kernel(self) -> str | None:
+        """The kernel that plans are priced with on the cluster; None for the cluster's own."""
+        return self.kernel if self.cluster and self.kernel in self.cluster.kernels else None
+
+    def _offers(self, mask: Mask, place: Layout | None) -> list[Plan]:
+        """Plans of a mask, the best first, each on another layout; on one layout where it is said.
+
+        On a cluster these are the best of each layout that was priced.
+        """
         if self.cluster is not None and self._is_open():
-            return self.plan_of(mask, self.compare(mask).best)
+            offers: dict[str, Plan] = {}
+            for quote in self.compare(mask, layout=place).quotes:
+                if quote.layout.key not in offers:
+                    chosen = quote.candidate
+                    settings = Settings(dict(chosen.options), chosen.wire)
+                    offers[quote.layout.key] = Plan(
+                        self, mask, quote.layout, chosen.method, quote.schedules, settings
+                    )
+            return list(offers.values())
         layout, method, schedules = choice.choose(
             mask,
             self.world,
             self.ranks_per_node,
-            self.layout,
+            place or self.layout,
             self.method,
             self._problem,
             self.layout_options,
@@ -206,19 +250,20 @@ class ContextParallel:
                     f"the {method} plan needs {need} bytes beyond the shards",
                     "raise the limit, use more ranks or another method",
                 )
-        return plan
-
-    def plan_of(self, mask: Mask, quote: planner.Quote) -> Plan:
-        """The plan of one of the candidates that `compare` priced for a mask. Not cached."""
-        candidate = quote.candidate
-        settings = Settings(dict(candidate.options), candidate.wire)
-        return Plan(self, mask, quote.layout, candidate.method, quote.schedules, settings)
+        return [plan]
 
     def problem(self, mask: Mask, like: Plan) -> Problem:
         """A mask posed on the layout of a plan, with the settings of its method. Host work."""
         settings = like.settings
         options = self.options if settings.options is None else settings.options
         return self._problem(mask, like.layout).with_options(options, settings.wire)
+
+    def _stack_layout(self, counts: dict[Mask, int]) -> Layout:
+        return stack.choose_layout(
+            counts,
+            lambda mask: self._offers(mask, None),
+            lambda mask, layout: self.plan(mask, layout=layout),
+        )
 
     def _is_open(self) -> bool:
         """Whether there is anything to choose."""
@@ -246,32 +291,15 @@ class ContextParallel:
         )
 
 
-def _resolve(
-    group: "DeviceMesh | dist.ProcessGroup | int | None",
-) -> tuple[dist.ProcessGroup | None, int, int]:
-    """(process group, world, rank) of whatever stands for the group."""
-    if isinstance(group, bool) or (isinstance(group, int) and group < 1):
-        raise UserError(f"group={group!r}", "must be >= 1 simulated ranks", "pass e.g. 8")
-    if isinstance(group, int):
-        return None, group, 0
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise UserError(
-                f"mesh with axes {group.mesh_dim_names}",
-                "context parallelism needs a mesh of one axis",
-                'pass a slice, e.g. mesh["cp"]',
-            )
-        group = group.get_group()
-    if not dist.is_initialized():
-        raise UserError(
-            "group=None",
-            "torch.distributed is not initialised",
-            "call init_process_group first, or pass a number of simulated ranks",
-        )
-    if group is None:
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        raise UserError(
-            f"group={group!r}", "must be a DeviceMesh or a ProcessGroup of this rank", "pass one"
-        )
-    return group, dist.get_world_size(group), dist.get_rank(group)
+def _cached(lock: Lock, kept: OrderedDict[str, T], key: str, build: Callable[[], T]) -> T:
+    """The entry of a key, built where it is missing; the last used `PLANS_KEPT` are kept."""
+    with lock:
+        if key in kept:
+            kept.move_to_end(key)
+            return kept[key]
+    made = build()
+    with lock:
+        made = kept.setdefault(key, made)
+        while len(kept) > PLANS_KEPT:
+            kept.popitem(last=False)
+    return made

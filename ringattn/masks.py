@@ -109,9 +109,25 @@ def sliding_window(seq_len: int, left: int, right: int) -> Mask:
     return make_mask(seq_len, [table], "sliding_window")
 
 
-def documents(lengths: Sequence[int], causal: bool) -> Mask:
-    """Packed documents: i and j in the same document, and j <= i if causal."""
+def documents(lengths: Sequence[int], causal: bool, window: int | None = None) -> Mask:
+    """Packed documents: i and j in the same document, and j <= i if causal.
+
+    Args:
+        lengths: tokens of each document, in order.
+        causal: keys at or before their query only.
+        window: causal documents attend their `window` latest tokens, i - j < window: a query
+            counts itself. None, or at least the longest document, gives the mask without one.
+    """
     start, stop, total = _offsets(lengths)
+    if window is not None:
+        positive(window=window)
+        if not causal:
+            raise UserError(
+                f"window={window}", "needs causal documents", "pass causal=True, or no window"
+            )
+        if window < (stop - start).max():
+            table = band_columns(start, stop, start, stop, -(window - 1), 0)
+            return make_mask(total, [table], "documents_window")
     table = band_columns(start, stop, start, stop, hi=0 if causal else OPEN)
     return make_mask(total, [table], "documents_causal" if causal else "documents")
 

@@ -1,11 +1,13 @@
 """`Plan`: how a group of ranks attends one mask, and how a rank runs it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ringattn.checks import check_tensors, is_routed
+from ringattn.cost import price_pair
 from ringattn.errors import CommunicationError, PlanError, UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.kernels.block_matrix import Selection
@@ -85,6 +87,14 @@ class Plan:
     def digest(self) -> str:
         """Equal digests mean equal plans."""
         return f"{self.forward.digest[:32]}{self.backward.digest[:32]}"
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Predicted seconds, forward and backward, of the slowest rank; None without a cluster."""
+        cluster, kernel = self.context.cluster, self.context.priced_kernel
+        if cluster is None:
+            return None
+        return sum(p.seconds for p in price_pair((self.forward, self.backward), cluster, kernel))
 
     def schedule(self, direction: Direction) -> Schedule:
         """The schedule of one direction."""

@@ -59,6 +59,8 @@ BAD: list[Bad] = [
     ("a negative window", lambda: masks.sliding_window(8, -1, 0), "left=-1", ">= 0"),
     ("a negative width", lambda: masks.global_sliding(8, -2), "width=-2", ">= 0"),
     ("a negative prefix", lambda: masks.prefix_lm(8, -1), "prefix=-1", ">= 0"),
+    ("no window", lambda: masks.documents([8], True, 0), "window=0", "positive"),
+    ("two sides", lambda: masks.documents([8], False, 3), "window=3", "causal"),
     ("a block of nothing", lambda: masks.block_causal_documents([8], 0), "block=0", "positive"),
     ("a window of nothing", lambda: masks.streaming(8, 1, 0), "window=0", "positive"),
     ("no stride", lambda: masks.dual_scope(8, 2, 1, 0), "stride=0", "positive"),

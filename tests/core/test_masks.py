@@ -54,7 +54,17 @@ def test_sliding_window(left: int, right: int) -> None:
 def test_documents(lengths: list[int]) -> None:
     doc, _ = _document(lengths)
     _check(masks.documents(lengths, causal=False), lambda i, j: doc[i] == doc[j])
-    _check(masks.documents(lengths, causal=True), lambda i, j: doc[i] == doc[j] and j <= i)
+    causal = masks.documents(lengths, causal=True)
+    _check(causal, lambda i, j: doc[i] == doc[j] and j <= i)
+    for window in (1, 2, 5, max(lengths) - 1):
+        if 0 < window < max(lengths):
+            _check(
+                masks.documents(lengths, causal=True, window=window),
+                lambda i, j, w=window: doc[i] == doc[j] and 0 <= i - j < w,
+            )
+    # A window that cuts nothing off is no other mask: plans are cached by it.
+    for window in (max(lengths), 1000):
+        assert masks.documents(lengths, causal=True, window=window).key == causal.key
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

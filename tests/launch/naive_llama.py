@@ -55,14 +55,15 @@ def naive_logits(
     cfg: ModelConfig,
     tokens: torch.Tensor,
     positions: torch.Tensor,
-    allowed: torch.Tensor,
+    allowed: torch.Tensor | list[torch.Tensor],
 ) -> torch.Tensor:
-    """tokens, positions (T,), allowed bool (T, T) -> logits float64 (T, V)."""
+    """tokens, positions (T,), allowed bool (T, T) or one per layer -> logits float64 (T, V)."""
     w = {name: value.double() for name, value in state.items()}
     x = w["model.embed_tokens.weight"][tokens]
     dim, group = cfg.head_dim, cfg.heads // cfg.kv_heads
     for n in range(cfg.layers):
         p = f"model.layers.{n}."
+        sees = allowed if isinstance(allowed, torch.Tensor) else allowed[n]
         h = norm(x, w[p + "input_layernorm.weight"], cfg.norm_eps)
         q, k, v = (h @ w[f"{p}self_attn.{name}_proj.weight"].T for name in "qkv")
         heads = []
@@ -70,7 +71,7 @@ def naive_logits(
             j = i // group
             q_i = rotate(q[:, i * dim : (i + 1) * dim], positions, cfg)
             k_j = rotate(k[:, j * dim : (j + 1) * dim], positions, cfg)
-            scores = (q_i @ k_j.T / math.sqrt(dim)).masked_fill(~allowed, -math.inf)
+            scores = (q_i @ k_j.T / math.sqrt(dim)).masked_fill(~sees, -math.inf)
             heads.append(scores.softmax(-1) @ v[:, j * dim : (j + 1) * dim])
         x = x + torch.cat(heads, dim=1) @ w[p + "self_attn.o_proj.weight"].T
         h = norm(x, w[p + "post_attention_layernorm.weight"], cfg.norm_eps)

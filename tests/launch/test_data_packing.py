@@ -65,7 +65,9 @@ def test_packs_equal_a_naive_stream(
         assert pack.tokens.dtype == pack.labels.dtype == np.int64
         ends = [place for place, (_, _, last) in enumerate(wanted, start=1) if last]
         assert np.cumsum(pack.lengths).tolist() == sorted({*ends, seq_len}), f"pack {index}"
-        assert dataset.valid_tokens(index) == (pack.labels != IGNORE).sum(), f"pack {index}"
+        assert dataset.valid_tokens(index * seq_len, seq_len) == (pack.labels != IGNORE).sum(), (
+            f"pack {index}"
+        )
 
 
 def test_every_token_once_per_epoch_and_a_new_order(folder: Path) -> None:
@@ -102,20 +104,27 @@ def test_position_is_a_pure_function(folder: Path) -> None:
 
 @pytest.mark.parametrize("dp, accumulate, batch", [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)])
 def test_any_dp_size_reads_the_same_steps(dp: int, accumulate: int, batch: int) -> None:
-    batches = Batches(dp=dp, accumulate=accumulate, batch=batch)
+    batches = Batches(stages=((0, 10),), dp=dp, accumulate=accumulate, batch=batch)
     assert batches.per_step == 8
     for step in (0, 5):
-        indices = batches.indices(step)
-        assert indices.shape == (accumulate, dp, batch)
-        assert sorted(indices.flat) == list(range(8 * step, 8 * step + 8))
+        starts = batches.starts(step)
+        assert starts.shape == (accumulate, dp, batch)
+        assert sorted(starts.flat) == list(range(80 * step, 80 * step + 80, 10))
 
 
 def test_resume_with_another_step_size_skips_and_repeats_nothing() -> None:
-    before = Batches(dp=2, accumulate=2)
-    after = Batches(dp=3, origin_step=5, origin_pack=before.position(5))
-    read = [i for step in range(5) for i in before.indices(step).flat]
-    read += [i for step in range(5, 9) for i in after.indices(step).flat]
-    assert read == list(range(32))
+    stages = ((0, 3), (2, 5), (7, 2))
+    before = Batches(stages=stages, dp=2, accumulate=2)
+    after = Batches(stages=stages, dp=3, origin_step=5, origin=before.position(5))
+    read: list[int] = []
+    for batches, steps in ((before, range(5)), (after, range(5, 9))):
+        for step in steps:
+            assert batches.position(step) == len(read)
+            assert batches.tokens(step) == batches.per_step * batches.seq_len(step)
+            for start in batches.starts(step).flat:
+                read += range(start, start + batches.seq_len(step))
+    assert read == list(range(len(read)))
+    assert len(read) == 4 * (2 * 3 + 3 * 5) + 3 * (2 * 5 + 2 * 2)
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +137,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seed=-1"):
         PackedDataset(folder, "train", 8, seed=-1)
     with pytest.raises(UserError, match="accumulate=0"):
-        Batches(accumulate=0)
+        Batches(stages=((0, 8),), accumulate=0)
     whole = small_corpus(tmp_path, holdout=0)
     with pytest.raises(UserError, match="no token in the split 'heldout'"):
         PackedDataset(whole, "heldout", 8)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.engine import open_engine
 from ringattn.launch.metrics import METRICS_FILE, read_lines
-from ringattn.launch.model import Transformer, init_weights, initial_weights
+from ringattn.launch.model import Transformer, init_weights, random_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.sample_run import sample_run
 from ringattn.parallel.mesh import build_mesh
@@ -139,11 +139,11 @@ def _engine_facts(rank: int, world: int, _group: Any, values: dict[str, Any]) ->
     shape = model_config("debug", vocab_size=257, **SHAPE)
     mesh = build_mesh("cpu", dp=1, cp=world, timeout=COLLECTIVE_TIMEOUT)
     drawn: list[int] = []
-    draw = initial_weights(shape, config.seed)
+    draw = random_weights(shape, config.seed)
 
-    def weights(name: str, size: torch.Size) -> torch.Tensor:
-        drawn.append(size.numel())
-        return draw(name, size)
+    def weights(name: str, tensor: torch.Tensor) -> None:
+        drawn.append(tensor.numel())
+        draw(name, tensor)
 
     engine: Any = open_engine(config, shape, torch.device("cpu"), mesh, weights)
     whole, kept = {}, 0

@@ -8,7 +8,6 @@ import pytest
 
 import ringattn as ra
 from ringattn.benchmarks.recipe_comments import RECIPES, comment_of, path_of, stated
-from ringattn.cost import load_cluster
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.fit import FitModel
 from ringattn.launch.job import build_context
@@ -39,9 +38,8 @@ def fit_model(**values: Any) -> FitModel:
     config = config_from_values({**SMALL, "model.size": "1b", **given})
     shape = model_config("1b")
     context = build_context(config, shape, config.parallel.cp)
-    mask = ra.masks.causal(config.data.seq_len)
-    quote = context.compare(mask).best
-    return FitModel(config, shape, load_cluster("h100_sxm"), context.plan_of(mask, quote), quote)
+    masks = [ra.masks.causal(config.data.seq_len)] * shape.layers
+    return FitModel(config, shape, context.plans(masks))
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

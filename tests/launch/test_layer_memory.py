@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,8 +15,6 @@ from torch._dynamo.utils import counters
 import ringattn as ra
 from ringattn import UserError
 from ringattn.benchmarks.linear_loss import peak_bytes
-from ringattn.launch import config_check
-from ringattn.launch.config_check import check_config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.feed import PlanAttend
 from ringattn.launch.layer_memory import apply_memory, parameters_of_halves
@@ -28,7 +25,6 @@ from ringattn.launch.rope import rope_table
 from ringattn.plan import Plan
 from ringattn.selective import cheap_part
 from tests.closeness import assert_close
-from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 from tests.pairwise import pairwise
 from tests.ranks import run_ranks
 
@@ -123,11 +119,11 @@ def _compare(rank: int, world: int, group: dist.ProcessGroup, cases: list[dict])
 
 
 def _cases_of(world: int) -> list[dict[str, Any]]:
-    """Compiling takes long: two ranks do it once, for a rank without tokens."""
-    compiled = [case for case in CASES if case["train.compile"]]
+    """Compiling takes long: few cases, one with a rank without tokens; `--full` has all."""
+    wide = [c for c in CASES if c["train.compile"] and c["dtype"] == torch.float64]
     if world == 1:
-        return compiled
-    uneven = next(case for case in compiled if case["layout"] == "uneven")
+        return wide
+    uneven = next((case for case in wide if case["layout"] == "uneven"), wide[0])
     return [uneven, *(case for case in CASES if not case["train.compile"])]
 
 
@@ -137,8 +133,10 @@ def test_gradients_are_those_of_no_checkpointing(world: int) -> None:
 
 
 @pytest.mark.full
-def test_gradients_of_all_cases() -> None:
-    run_ranks(2, _compare, CASES, timeout=110)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_of_all_cases(world: int) -> None:
+    run_ranks(world, _compare, CASES, timeout=280)
 
 
 def _runs(rank: int, world: int, group: dist.ProcessGroup) -> tuple[dict[str, list[int]], int]:
@@ -207,7 +205,6 @@ def test_memory_falls(one_rank: dist.ProcessGroup) -> None:
     assert 0.9 < (peaks["attention"] - peaks["full"]) / kept < 1.1
     assert 0.4 < (peaks["sequence"] - peaks["full"]) / kept < 0.6
     assert peaks["attention"] < peak("none", 64) < 0.6 * peaks["none"]
-    assert peak("full", 64) < 0.8 * peaks["full"]
 
 
 def test_parameters_of_the_halves() -> None:
@@ -272,76 +269,3 @@ def test_attention_of_another_kind_cannot_be_recalled() -> None:
         model(tokens, torch.arange(4), attend)
     with torch.no_grad():
         model(tokens, torch.arange(4), attend)  # nothing is kept
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"memory.offload": True}, "memory.checkpointing=none"),
-        ({"memory.recompute": 1.5}, "at most 1"),
-        ({"memory.recompute": float("nan")}, "must be"),
-        ({"memory.checkpointing": "sequence", "attention.save": True}, "attention.save=false"),
-        ({"memory.token_tile": 0}, "at least 1"),
-    ],
-)
-def test_settings_that_contradict(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_config(config_from_values(values))
-
-
-def test_compiling_without_a_compiler() -> None:
-    config = config_from_values({"train.compile": True, "run.device": "cpu"})
-    with (
-        mock.patch.object(config_check.shutil, "which", return_value=None),
-        pytest.raises(UserError, match=r"C\+\+ compiler"),
-    ):
-        check_config(config)
-    elsewhere = config_from_values({"train.compile": True, "run.device": "cuda"})
-    with mock.patch.object(config_check.shutil, "which", return_value=None):
-        check_config(elsewhere)
-
-
-STEPS = {"train.steps": 30}
-RUNS = {
-    "full tiled offload": {
-        "memory.checkpointing": "full", "memory.token_tile": 48, "memory.offload": True
-    },
-    "cp2 attention tiled": {
-        "parallel.cp": 2, "memory.checkpointing": "attention", "memory.token_tile": 32
-    },
-    "cp2 sequence offload": {
-        "parallel.cp": 2, "memory.checkpointing": "sequence", "memory.offload": True
-    },
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uneven_corpus(tmp_path_factory.mktemp("uneven"))
-
-
-@pytest.fixture(scope="module")
-def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """30 steps on one rank that keep everything."""
-    return train_pooled(tiny_values(corpus, tmp_path_factory.mktemp("one") / "run") | STEPS)
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("run", RUNS)
-def test_training_is_the_same(
-    run: str, corpus: Path, plain: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    got = train_pooled(tiny_values(corpus, tmp_path / "run") | STEPS | RUNS[run])
-    assert_parity(plain, got)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tile", [None, 40])
-def test_compiled_training_is_the_same(
-    mode: str, tile: int | None, corpus: Path, plain: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    values = tiny_values(corpus, tmp_path / "run") | STEPS
-    values |= {"memory.checkpointing": mode, "memory.token_tile": tile}
-    assert_parity(plain, train_pooled(values | {"train.compile": True, "parallel.cp": 2}))

@@ -180,6 +180,14 @@ def test_parameter_names_are_those_of_hugging_face() -> None:
     )
 
 
+def test_which_layers_have_a_window() -> None:
+    assert model_config("debug", layers=2).windows == (None, None)
+    assert model_config("debug", layers=2, window=5).windows == (5, 5)
+    cfg = model_config("debug", layers=7, window=5, full_every=3)
+    assert cfg.windows == (5, 5, None, 5, 5, None, 5)
+    assert model_config("debug", layers=2, window=5, full_every=1).windows == (None, None)
+
+
 def test_named_sizes_and_overrides() -> None:
     assert set(MODEL_SIZES) == {"debug", "demo", "1b", "8b", "70b"}
     cfg = model_config("8b", vocab_size=100, layers=None)
@@ -205,7 +213,7 @@ def test_refusals(size: str, overrides: dict[str, int], says: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": "yarn"}, {"factor": 0.5}, {"low_freq_factor": 4.0}, {"factor": float("nan")}],
+    [{"kind": "longrope"}, {"factor": 0.5}, {"low_freq_factor": 4.0}, {"factor": float("nan")}],
 )
 def test_scaling_refusals(fields: dict[str, object]) -> None:
     with pytest.raises(UserError, match="rope_scaling"):

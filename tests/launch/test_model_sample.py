@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ringattn.errors import UserError
+from ringattn.launch import sample
 from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.sample import CachedAttention, generate, pick
@@ -36,6 +37,39 @@ def test_cache_gives_the_logits_of_the_full_forward(model: Transformer, pieces: 
     assert_close("logits", wanted, torch.cat(got, dim=1), 1e-5)
     with pytest.raises(ValueError, match="21 tokens in a cache for 20"):
         model(tokens[:, :1], positions[:1], caches)
+
+
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=str)
+@pytest.mark.parametrize("window", [1, 5, 19])
+@torch.no_grad()
+def test_a_cache_with_a_window(
+    model: Transformer, window: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in parts of 6, whole prompts and single tokens, beside a layer that sees everything."""
+    monkeypatch.setattr(sample, "_LEAST_ROWS", 6)
+    tokens, positions = torch.randint(257, (2, 20)), torch.arange(20)
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    wanted = model(tokens, positions, [dense_attend(causal.triu(1 - window)), dense_attend(causal)])
+    caches = [CachedAttention(20, window), CachedAttention(20)]
+    got = [
+        model(part, place, caches)
+        for part, place in zip(tokens.split(pieces, 1), positions.split(pieces), strict=True)
+    ]
+    assert_close("logits", wanted, torch.cat(got, dim=1), 1e-5)
+
+
+@torch.no_grad()
+def test_generation_keeps_to_the_windows(model: Transformer) -> None:
+    """Layers whose window is one token mix nothing: the text depends on the last token alone."""
+    narrow = Transformer(model_config("debug", max_seq_len=100, window=1))
+    narrow.load_state_dict(model.state_dict())
+    texts = [
+        generate(made, ByteTokenizer(), prompt, tokens=20, temperature=4.0)
+        for made in (model, narrow)
+        for prompt in ("abracab", "xyzuvwb")
+    ]
+    assert texts[0] != texts[1]
+    assert texts[2] == texts[3]
 
 
 @torch.no_grad()

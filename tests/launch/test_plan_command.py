@@ -132,3 +132,36 @@ def test_settings_of_the_method(config: str, capsys: pytest.CaptureFixture[str])
     assert received[0] < received[1]
     assert main(["plan", config, "attention.method=ring", "attention.u=2"]) == 2
     assert "method 'ring' has none" in capsys.readouterr().err
+
+
+def test_layers_with_windows_are_priced_by_mask(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = ("model.layers=5", "model.window=20", "model.full_every=4", "--cluster", "h100_sxm")
+    found, _ = planned(capsys, config, *stack)
+    assert set(found) == KEYS | {"layers"}
+    parts = {tuple(part["windows"]): part for part in found["layers"]}
+    assert parts[(20,)]["layers"] == 4
+    assert parts[(None,)]["layers"] == 1
+    assert found["predicted"] in {part["predicted"] for part in parts.values()}
+    assert len({part["choice"]["layout"] for part in parts.values()}) == 1
+    assert main(["plan", config, *stack]) == 0
+    out = capsys.readouterr().out
+    total = sum(part["layers"] * part["predicted"] for part in parts.values())
+    assert "4 layers of a window of 20, on the stack's layout" in out
+    assert "1 layers of whole documents, on" in out
+    assert f" = {1e3 * total:.4g} ms" in out
+    # A window that no document exceeds is no mask of its own.
+    alike, _ = planned(capsys, config, "model.window=5000", "model.full_every=2")
+    assert set(alike) == KEYS
+
+
+def test_the_first_step_at_several_degrees(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    degrees = ("parallel.min_cp=1", "train.accumulate=4", "--cluster", "h100_sxm")
+    step = planned(capsys, config, *degrees)[0]["step"]
+    # Packs of 160 tokens are all latency: each rank takes a pack of its own.
+    assert step["degrees"] == [1]
+    assert step["gain"] == pytest.approx(1 - step["step_s"] / step["plain_step_s"])
+    assert step["gain"] > 0.02
+    assert main(["plan", config, *degrees]) == 0
+    assert "the first step's 4 packs: rounds x degree 1x1, " in capsys.readouterr().out

@@ -108,10 +108,10 @@ def test_position_in_the_data_survives_another_dp(corpus: Path, tmp_path: Path) 
     """Two packs per step on one rank, then one per step: no pack is read twice or left out."""
     values = tiny_values(corpus, tmp_path / "run", train__accumulate=2, train__steps=6)
     train_pooled(values)
-    assert read_state(find_checkpoints(tmp_path / "run")[-1]).position == 12
+    assert read_state(find_checkpoints(tmp_path / "run")[-1]).position == 12 * 160
     values |= {"train.accumulate": 1, "train.steps": 8}
     train_pooled(values)
-    assert read_state(find_checkpoints(tmp_path / "run")[-1]).position == 14
+    assert read_state(find_checkpoints(tmp_path / "run")[-1]).position == 14 * 160
     assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS_FILE)] == [*range(1, 9)]
 
 
@@ -139,6 +139,6 @@ def test_state_names_what_it_is_about(undisturbed: Path) -> None:
     newest = find_checkpoints(undisturbed)[-1]
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == 20
-    assert state["position"] == 20
+    assert state["position"] == 20 * 160
     assert state["identity"]["seed"] == 7
     assert state["identity"]["model.layers"] == 2

@@ -17,7 +17,7 @@ from ringattn.launch.metrics import METRICS_FILE, MetricsWriter, StepMetrics, re
 from ringattn.launch.model import Transformer, init_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.packing import IGNORE
-from ringattn.launch.progress import ProgressLine, format_seconds
+from ringattn.launch.progress import ProgressLine, format_degrees, format_seconds
 from ringattn.launch.session import Placement, place_ranks
 from ringattn.parallel.grads import GradientBuckets
 from ringattn.parallel.mesh import build_mesh
@@ -137,6 +137,7 @@ def test_progress_line() -> None:
     assert shown == ["1/25", "10/25", "20/25", "25/25"]
     assert terminal.getvalue().count("\r") == 25
     assert terminal.getvalue().endswith("\na note\n")
+    assert format_degrees([2, 8, 2, 2]) == "1x8+3x2"
     assert [format_seconds(s) for s in (7.4, 185, 7620)] == ["7s", "3m05s", "2h07m"]
 
 

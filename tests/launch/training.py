@@ -78,7 +78,10 @@ def tiny_values(corpus: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]
     return values | {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-def train_pooled(values: dict[str, Any], mutation: str | None = None) -> list[dict[str, Any]]:
+Mutation = str | Callable[[], Any] | None  # a name of MUTATIONS, or what makes a patch
+
+
+def train_pooled(values: dict[str, Any], mutation: Mutation = None) -> list[dict[str, Any]]:
     """Trains on pooled ranks; returns the lines of metrics.jsonl."""
     config = config_from_values(values)
     check_before_start(config)
@@ -87,7 +90,7 @@ def train_pooled(values: dict[str, Any], mutation: str | None = None) -> list[di
 
 
 def _train_on_rank(
-    rank: int, world: int, _group: Any, values: dict[str, Any], mutation: str | None
+    rank: int, world: int, _group: Any, values: dict[str, Any], mutation: Mutation
 ) -> None:
     config = config_from_values(values)
     ranks = Ranks(rank=rank, world=world, local_rank=rank, local_world=world)
@@ -99,7 +102,8 @@ def _train_on_rank(
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         if mutation is not None:
-            stack.enter_context(MUTATIONS[mutation]())
+            patch = MUTATIONS[mutation] if isinstance(mutation, str) else mutation
+            stack.enter_context(patch())
         Trainer(open_job(config, world), session).fit()
 
 
