@@ -14,9 +14,9 @@ from ringattn.launch.config_load import config_from_values
 from ringattn.launch.engine import open_engine
 from ringattn.launch.feed import PlanAttend
 from ringattn.launch.job import build_context
-from ringattn.launch.model import initial_weights
 from ringattn.launch.model_config import ModelConfig, model_config
 from ringattn.launch.step_model import predict_memory
+from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
 from ringattn.selective import cheap_part
 
@@ -102,7 +102,7 @@ def _measure(case: StepCase, device: torch.device) -> tuple[Measured, MemoryTrac
     kept: list[ra.Plan] = []
 
     def body(part: Any) -> None:
-        engine = open_engine(config, shape, device, mesh, initial_weights(shape, 0))
+        engine = open_engine(config, shape, device, mesh, weight_source(config, shape))
         try:
             context = build_context(config, shape, mesh.cp_mesh)
             plan = context.plan(ra.masks.documents(list(case.lengths), causal=True))

@@ -53,8 +53,8 @@ def fit_table(fit: Fit, model: FitModel) -> Iterator[str]:
     yield f"  in host memory               {_gib(host):>11} of {_gib(fit.usable_host)} usable"
     context = CONTEXT_GIB if model.device == "cuda" else 0
     yield (
-        f"usable: {_gib(fit.usable)} of {model.cluster.memory_gib:g} GiB ({context:g} GiB for context"
-        f" and communication, then {WASTED:.0%} for what the allocator cannot fill)"
+        f"usable: {_gib(fit.usable)} of {model.cluster.memory_gib:g} GiB ({context:g} GiB for"
+        f" context and communication, then {WASTED:.0%} for what the allocator cannot fill)"
     )
     yield verdict(fit, seq_len, model.unit)
     yield _FORM.format(*_HEAD).rstrip()
