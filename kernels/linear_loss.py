@@ -263,6 +263,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors = inputs[0], inputs[1], inputs[3]
     ctx.dtypes = [x.dtype if wanted else None for x, wanted in zip(tensors, inputs[-3:])]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as the hidden states and the weight
     ctx.save_for_backward(*output[1:])
 
 

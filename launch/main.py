@@ -109,7 +109,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    plan = commands.add_parser("plan", help="predict the cost of a configuration's attention")
+    plan = commands.add_parser("plan", help="predict what a configuration costs")
     _add_config(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument(
@@ -120,6 +120,17 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     plan.add_argument(
         "--trace", metavar="FILE", help="write the timeline of the choice as a Chrome trace"
+    )
+    only = plan.add_mutually_exclusive_group()
+    only.add_argument(
+        "--fit",
+        action="store_true",
+        help="predict memory and time of a training step, and the longest sequence that fits",
+    )
+    only.add_argument(
+        "--comment",
+        action="store_true",
+        help="print the prediction as shipped configurations quote it",
     )
     plan.set_defaults(run=_plan)
 
@@ -199,6 +210,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         cluster=arguments.cluster,
         pictures=arguments.pictures,
         trace=arguments.trace,
+        fit=arguments.fit,
+        comment=arguments.comment,
     )
 
 

@@ -12,7 +12,11 @@ from ringattn.draw import draw_mask, draw_work
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, resolve_model
+from ringattn.launch.feed import layer_masks
+from ringattn.launch.fit import FitModel
+from ringattn.launch.fit_report import fit_json, fit_table, recipe_comment
 from ringattn.launch.job import build_context, open_split
+from ringattn.launch.model_config import MODEL_SIZES
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.plan_stack import (
     LayerKind,
@@ -32,6 +36,8 @@ def plan(
     cluster: str | None = None,
     pictures: str | None = None,
     trace: str | None = None,
+    fit: bool = False,
+    comment: bool = False,
 ) -> int:
     """Prints what each way to run a configuration's attention is predicted to cost.
 
@@ -47,6 +53,8 @@ def plan(
             else cpu_gloo.
         pictures: folder for mask.png, work.png and timeline.png of the choice.
         trace: file for the choice's timeline as a Chrome trace.
+        fit: predict the memory and the time of a training step instead.
+        comment: print the comment that heads a shipped recipe instead.
 
     Raises:
         UserError: a configuration or cluster that cannot be planned, or a path that cannot be
@@ -55,10 +63,14 @@ def plan(
     name = cluster or config.attention.cluster or default_cluster()
     config = replace(config, attention=replace(config.attention, cluster=name))
     check_config(config)
-    packs = _packs(config)
+    packs = None if comment else _packs(config)
     lengths, source = _lengths(config, packs)
-    shape = resolve_model(config, packs.vocab_size if packs else 257)
+    shape = resolve_model(config, packs.vocab_size if packs else _vocabulary(config))
     context = build_context(config, shape, config.parallel.cp)
+    if fit or comment:
+        plans = context.plans(layer_masks(lengths, shape.windows))
+        _print_fit(FitModel(config, shape, plans), source, as_json=as_json, comment=comment)
+        return 0
     kinds = layer_kinds(context, lengths, shape.windows)
     degrees = None
     if packs is not None and config.parallel.min_cp is not None:
@@ -81,6 +93,20 @@ def plan(
             print(degrees_line(degrees, config.packs_per_step))
     _write(context, kinds[0], pictures, trace)
     return 0
+
+
+def _print_fit(model: FitModel, source: str, *, as_json: bool, comment: bool) -> None:
+    """The prediction for a training step with the attention that the planner chooses."""
+    found, cluster = model.fit(others=not comment), str(model.config.attention.cluster)
+    if comment:
+        print("\n".join(recipe_comment(found, model, cluster)))
+        return
+    about = f"{source}; {model.config.world} ranks, {model.methods}; cluster {cluster}"
+    print(about, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(fit_json(found, model), indent=1))
+    else:
+        print("\n".join(fit_table(found, model)))
 
 
 def default_cluster() -> str:
@@ -107,6 +133,11 @@ def _lengths(config: Config, packs: PackedDataset | None) -> tuple[list[int], st
     lengths = packs.read(0, tokens).lengths
     text = f"first pack of {path}: {len(lengths)} documents in {tokens} tokens"
     return lengths, text
+
+
+def _vocabulary(config: Config) -> int:
+    """Classes where there is no corpus: those of the named size, or of the checkpoint."""
+    return 1 if config.model.hf is not None else MODEL_SIZES[config.model.size].vocab_size
 
 
 def _write(

@@ -162,7 +162,7 @@ def _(q, k, v, sinks, plan, scale, softcap, blocks=None, saved_numel=0):
 @torch.library.custom_op("ringattn::attention_backward", mutates_args=())
 def _attention_backward(
     dout: torch.Tensor,
-    dlse: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -180,9 +180,11 @@ def _attention_backward(
     if sinks is not None:
         # d lse / d sink = exp(sink - lse); its rows also receive the gradient of lse itself.
         weight = torch.exp(sinks.to(lse.dtype) - lse)
-        dsinks = (weight * (dlse - delta)).sum((0, 1)).to(sinks.dtype)
+        dsinks = (weight * (-delta if dlse is None else dlse - delta)).sum((0, 1)).to(sinks.dtype)
+    if dlse is not None:
+        delta -= dlse
     dq, dk, dv = _plan(plan).run_backward(
-        dout, q, k, v, lse, delta - dlse, scale, softcap or None, blocks, saved
+        dout, q, k, v, lse, delta, scale, softcap or None, blocks, saved
     )
     return dq, dk, dv, dsinks
 
@@ -202,6 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:
     q, k, v, sinks, handle, scale, softcap, blocks, _ = inputs
     out, lse, saved = output
     ctx.save_for_backward(q, k, v, sinks, out, lse, blocks, saved)
+    ctx.set_materialize_grads(False)  # else zeros as large as lse and saved
     ctx.handle, ctx.scale, ctx.softcap = handle, scale, softcap
     # Keeps the plan alive until the backward has run. A graph traced for any plan (its handle is
     # symbolic) has no plan to keep: there the caller holds it.
@@ -210,6 +213,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, dlse, dsaved):
     q, k, v, sinks, out, lse, blocks, saved = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = _attention_backward(
         dout, dlse, q, k, v, out, lse, sinks, ctx.handle, ctx.scale, ctx.softcap, blocks, saved
     )

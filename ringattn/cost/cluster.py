@@ -75,6 +75,9 @@ class Cluster:
         ranks_per_node, nics_per_node: ranks of a node share its NICs evenly.
         memory_gib: of one rank. memory_gbs: achieved bandwidth of copies and merges.
         cores: blocks of a kernel that run at once.
+        gemm_share: share of the peak that large matrix products achieve.
+        host_gbs: copies between one rank and host memory, per direction.
+        host_gib, host_memory_gbs: host memory and its bandwidth, one rank's share of the node's.
         intra, inter: links inside a node and between nodes.
         overlap_tax: share of a kernel's speed that transfers beside it take away.
         jitter: relative standard deviation of a rank's kernel time.
@@ -91,6 +94,10 @@ class Cluster:
     cores: int
     intra: Link
     inter: Link
+    gemm_share: float = 0.7
+    host_gbs: float = 50.0
+    host_gib: float = 240.0
+    host_memory_gbs: float = 40.0
     overlap_tax: float = 0.0
     jitter: float = 0.0
     kernel: str
@@ -120,7 +127,8 @@ class Cluster:
 
 _POSITIVE = {
     "gbs", "tflops", "peak_tflops", "memory_gib", "memory_gbs", "cores", "ranks_per_node",
-    "nics_per_node", "block_rows", "block_keys",
+    "nics_per_node", "block_rows", "block_keys", "gemm_share", "host_gbs", "host_gib",
+    "host_memory_gbs",
 }  # fmt: skip
 
 
