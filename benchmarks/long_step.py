@@ -20,6 +20,7 @@ model runs on the CPU: a check of this script, not a result.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def measure(case: Case, recorder: Recorder, seconds: float) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"{case.name}: not done within {seconds:.0f} s, not recorded"
-    if done.returncode == OUT_OF_MEMORY:
+    if done.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):  # of the device, of the host
         recorder.refused(NAME, case.name, "s", "out of memory", config=asdict(case))
         return f"{case.name}: out of memory"
     if done.returncode:

@@ -58,7 +58,7 @@ def run_case(
 ) -> int:
     """Runs the steps and prints one line of JSON; returns the exit status."""
     shape = model_config(model, vocab_size=MODEL_SIZES[model].vocab_size, layers=layers)
-    config = settings(tokens, plain)
+    config = settings(tokens, plain, keep_most=part != "longest")
     swapped: AbstractContextManager[object] = nullcontext()
     if plain:
         swapped = mock.patch.object(LMHead, "forward", plain_loss)
@@ -71,17 +71,21 @@ def run_case(
     return 0
 
 
-def settings(tokens: int, plain: bool) -> Config:
-    """What a run of one GPU at such a length would set."""
+def settings(tokens: int, plain: bool, keep_most: bool) -> Config:
+    """What a run of one GPU at such a length would set.
+
+    Attention outputs are kept where time counts; where length does, layer inputs alone are, in host
+    memory, of which a GPU's share of 128 GiB bounds the length.
+    """
     values: dict[str, object] = {
         "data.seq_len": tokens,
         "parallel.engine": "fsdp",
         "train.dtype": "bf16",
-        "memory.checkpointing": "full" if plain else "attention",
+        "memory.checkpointing": "attention" if keep_most and not plain else "full",
     }
     if not plain:
         tile = min(16_384, max(1, tokens // 4))
-        values |= {"memory.offload": True, "memory.token_tile": tile}
+        values |= {"memory.offload": not keep_most, "memory.token_tile": tile}
     return config_from_values(values)
 
 
