@@ -19,11 +19,11 @@ from ringattn.launch.main import main
 
 HERE = Path(__file__).parent
 DATA, RUNS = Path("data/extend_context"), Path("runs/extend_context")
-SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-# One key and one value character: what a model of 100,000 parameters learns in minutes.
+# Values of several letters: guessing among the values seen so far does not help with those.
 NEEDLE = [
     "--statement", "\n@{key}={value}", "--question", "\n?{key}={value}",
-    "--keys", SYMBOLS, "--key-length", "1", "--values", SYMBOLS, "--value-length", "1",
+    "--keys", "BCDFGHJKLMNPQRSTVWXZ", "--key-length", "2",
+    "--values", "abcdefghijklmnopqrstuvwxyz", "--value-length", "4",
 ]  # fmt: skip
 CORPORA = {
     "dense": ["--tokens", "2500000", "--shortest", "32", "--longest", "96", "--every", "0"],
