@@ -22,7 +22,8 @@ class NeedleFormat:
     Attributes:
         statement: text that states a needle, with {key} and, after it, {value}.
         question: text that asks for it, likewise; the model has to continue it at {value}.
-        keys, values: characters that keys and values are drawn from.
+        keys, values: characters that keys and values are drawn from. With a single key there is
+            one value to look up, a pass key.
         key_length, value_length: characters of each.
 
     Raises:
@@ -46,11 +47,11 @@ class NeedleFormat:
                     "must hold {key} once and {value} once after it",
                     f"write e.g. {NeedleFormat.statement!r}",
                 )
-        for name in ("keys", "values"):
-            if len(set(getattr(self, name))) < 2 or getattr(self, name[:-1] + "_length") < 1:
+        for name, least in (("keys", 1), ("values", 2)):
+            if len(set(getattr(self, name))) < least or getattr(self, name[:-1] + "_length") < 1:
                 raise UserError(
                     f"needle {name}={getattr(self, name)!r}",
-                    "must hold at least two different characters, drawn at least once",
+                    f"must hold at least {least} different character(s), drawn at least once",
                     "use e.g. 0123456789",
                 )
 
