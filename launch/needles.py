@@ -120,35 +120,34 @@ class NeedleWriter:
         return parts[0], parts[1], parts[2]
 
     def document(self, haystack: np.ndarray, length: int, every: int) -> np.ndarray:
-        """Training text: `length` tokens of haystack with many statements and questions.
+        """Training text: haystack with statements and questions at random places, `length` tokens.
 
-        Between two needles lie between every / 4 and 7 every / 4 tokens of the haystack. Questions
-        ask for any key stated before, however far away.
+        Questions ask for any key stated before, from one token away to the whole document.
 
         Args:
             haystack: at least `length` tokens.
             length: tokens of the result.
-            every: mean tokens of haystack between needles.
+            every: mean tokens of haystack between needles, of which there are two at least.
         """
-        parts: list[np.ndarray] = []
+        texts: list[np.ndarray] = []
         stated: list[Needle] = []
         taken: set[str] = set()
-        used = filled = 0
-        while filled < length:
-            gap = int(self._rng.integers(every // 4, 2 * every - every // 4 + 1))
-            parts.append(haystack[used : used + gap])
-            used += gap
+        used = 0
+        while len(texts) < 2 or used + every * len(texts) < length:
             new = not stated or self._rng.random() < _STATED
             needle = self.draw(taken) if new else None
-            if needle is not None:
-                stated.append(needle)
-                text = self.encode(self.fmt.statement, needle)
-            else:
+            template = self.fmt.question if needle is None else self.fmt.statement
+            if needle is None:
                 needle = stated[int(self._rng.integers(len(stated)))]
-                text = self.encode(self.fmt.question, needle)
-            parts += text
-            filled += len(parts[-4]) + sum(map(len, text))
-        return np.concatenate(parts)[:length]
+            else:
+                stated.append(needle)
+            texts.append(np.concatenate(self.encode(template, needle)))
+            used += len(texts[-1])
+        cuts = np.sort(self._rng.integers(0, max(length - used, 0) + 1, len(texts))).tolist()
+        parts: list[np.ndarray] = []
+        for start, stop, text in zip([0, *cuts], cuts, texts, strict=False):
+            parts += [haystack[start:stop], text]
+        return np.concatenate([*parts, haystack[cuts[-1] :]])[:length]
 
     def haystack(
         self, haystack: np.ndarray, length: int, depth: float, distractors: int

@@ -76,8 +76,7 @@ def test_training_documents_ask_only_for_what_was_stated() -> None:
     assert marks.count("?") > 50
     assert len(stated) == 9  # every key there is; after that only questions
     gaps = [len(gap) for gap in re.findall(r"\.+", words)]
-    assert max(gaps) <= 14
-    assert 6 <= np.mean(gaps) <= 10
+    assert 6 <= np.mean(gaps) <= 12
 
 
 def test_needles_of_a_subword_tokenizer(tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def test_held_out_documents_do_not_teach(tmp_path: Path) -> None:
     [
         ({"statement": "{value} {key}"}, "needle statement"),
         ({"question": "{key}"}, "needle question"),
-        ({"keys": "aaa"}, "needle keys"),
+        ({"keys": ""}, "needle keys"),
         ({"value_length": 0}, "needle values"),
     ],
 )
