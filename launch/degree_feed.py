@@ -80,7 +80,8 @@ class Degrees:
             [length for start in pack for length in self.dataset.lengths(start, seq_len)]
             for pack in packs
         ]
-        products = {c: self._products(starts.shape[-1] * seq_len, c) for c in self.contexts}
+        tokens = starts.shape[-1] * seq_len
+        products = {c: product_seconds(self.shape, x, tokens) for c, x in self.contexts.items()}
         seconds = {
             degree: [attention + products[degree] for attention in of_degree]
             for degree, of_degree in self.prices.estimated(lengths, seq_len).items()
@@ -92,16 +93,19 @@ class Degrees:
 
         def seconds(pack: int, degree: int) -> float:
             lengths = priced.lengths[pack]
-            return self.prices.planned(lengths, degree) + self._products(sum(lengths), degree)
+            products = product_seconds(self.shape, self.contexts[degree], sum(lengths))
+            return self.prices.planned(lengths, degree) + products
 
         return judge_step(priced.schedule, seconds, max(self.contexts), self.world)
 
-    def _products(self, tokens: int, degree: int) -> float:
-        """Seconds of a pack's products with weights, forward and backward, shared evenly."""
-        cluster = self.contexts[degree].cluster
-        assert cluster is not None, "config_check asks for attention.cluster"
-        rate = 1e12 * cluster.peak_tflops * _PRODUCT_SHARE
-        return 6 * matmul_parameters(self.shape) * tokens / degree / rate
+
+def product_seconds(shape: ModelConfig, context: ra.ContextParallel, tokens: int) -> float:
+    """Predicted seconds of a pack's products with weights, forward and backward, which the ranks of
+    a context with a cluster share evenly."""
+    cluster = context.cluster
+    assert cluster is not None, "config_check asks for attention.cluster"
+    rate = 1e12 * cluster.peak_tflops * _PRODUCT_SHARE
+    return 6 * matmul_parameters(shape) * tokens / context.world / rate
 
 
 def open_degrees(
