@@ -1,6 +1,5 @@
 """Deals a step's packs to groups of ranks of different sizes, by predicted time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,7 +8,8 @@ import torch.distributed as dist
 
 import ringattn as ra
 from ringattn.launch.config import Config
-from ringattn.launch.degrees import StepSchedule, degrees_of, schedule_step
+from ringattn.launch.degree_prices import PackPrices
+from ringattn.launch.degrees import StepSchedule, degrees_of, judge_step, schedule_step
 from ringattn.launch.feed import LayerPlans, layer_masks
 from ringattn.launch.flops import matmul_parameters
 from ringattn.launch.job import Job, build_degree
@@ -22,16 +22,15 @@ _PRODUCT_SHARE = 0.6  # of the peak rate, in products with weights
 
 @dataclass(frozen=True)
 class PricedStep:
-    """A step's schedule, and the plans that it was chosen by.
+    """A step's schedule and what it was chosen by.
 
     Attributes:
-        packs: stream positions of each pack of the schedule.
-        plans: of each pack, by degree.
+        packs: stream positions of each pack of the schedule. lengths: its documents' lengths.
         schedule: its rounds name packs by their place in `packs`.
     """
 
     packs: list[list[int]]
-    plans: dict[int, list[LayerPlans]]
+    lengths: list[list[int]]
     schedule: StepSchedule
 
 
@@ -43,28 +42,34 @@ class Degrees:
         dataset: where packs come from.
         contexts: of this rank's group at each degree, highest first.
         shape: the model.
+        prices: of packs, by degree.
         world: ranks of the run. rank: this one.
     """
 
     dataset: PackedDataset
     contexts: dict[int, ra.ContextParallel]
     shape: ModelConfig
+    prices: PackPrices
     world: int
     rank: int
 
     def deal(self, starts: np.ndarray, seq_len: int) -> list[tuple[list[int], LayerPlans]]:
-        """Start and plans of this rank's pack in each round; every rank has as many rounds."""
+        """Start and plans of this rank's pack in each round; every rank has as many rounds.
+
+        Only these are planned: the schedule follows from estimates.
+        """
         priced = self.price(starts, seq_len)
         dealt = []
         for entry in priced.schedule.rounds:
             pack = entry.pack_of(self.rank)
-            dealt.append((priced.packs[pack], priced.plans[entry.degree][pack]))
+            masks = layer_masks(priced.lengths[pack], self.shape.windows)
+            dealt.append((priced.packs[pack], self.contexts[entry.degree].plans(masks)))
         return dealt
 
     def price(self, starts: np.ndarray, seq_len: int) -> PricedStep:
-        """Plans every pack of a step at every degree and schedules the step.
+        """Schedules a step by what its packs are estimated to take at every degree.
 
-        All ranks plan all packs: prices are predictions and depend on nothing else.
+        All ranks estimate all packs: predictions depend on nothing else.
 
         Args:
             starts: stream position of each pack (accumulate, dp, batch).
@@ -75,23 +80,32 @@ class Degrees:
             [length for start in pack for length in self.dataset.lengths(start, seq_len)]
             for pack in packs
         ]
-        masks = [layer_masks(of_pack, self.shape.windows) for of_pack in lengths]
-        plans = {c: [cp.plans(layers) for layers in masks] for c, cp in self.contexts.items()}
+        tokens = starts.shape[-1] * seq_len
+        products = {c: product_seconds(self.shape, x, tokens) for c, x in self.contexts.items()}
         seconds = {
-            degree: [self._seconds(layers, degree) for layers in of_degree]
-            for degree, of_degree in plans.items()
+            degree: [attention + products[degree] for attention in of_degree]
+            for degree, of_degree in self.prices.estimated(lengths, seq_len).items()
         }
-        return PricedStep(packs, plans, schedule_step(seconds, self.world))
+        return PricedStep(packs, lengths, schedule_step(seconds, self.world))
 
-    def _seconds(self, layers: Sequence[ra.Plan], degree: int) -> float:
-        """Predicted seconds of a pack, forward and backward: attention of all layers, and the
-        products with weights, which the ranks share evenly."""
-        cluster = self.contexts[degree].cluster
-        assert cluster is not None, "config_check asks for attention.cluster"
-        tokens = layers[0].mask.seq_len / degree
-        rate = 1e12 * cluster.peak_tflops * _PRODUCT_SHARE
-        attention = sum(plan.seconds or 0.0 for plan in layers)
-        return attention + 6 * matmul_parameters(self.shape) * tokens / rate
+    def judge(self, priced: PricedStep) -> StepSchedule:
+        """The schedule of a step with the seconds of plans, its own and of the plain one."""
+
+        def seconds(pack: int, degree: int) -> float:
+            lengths = priced.lengths[pack]
+            products = product_seconds(self.shape, self.contexts[degree], sum(lengths))
+            return self.prices.planned(lengths, degree) + products
+
+        return judge_step(priced.schedule, seconds, max(self.contexts), self.world)
+
+
+def product_seconds(shape: ModelConfig, context: ra.ContextParallel, tokens: int) -> float:
+    """Predicted seconds of a pack's products with weights, forward and backward, which the ranks of
+    a context with a cluster share evenly."""
+    cluster = context.cluster
+    assert cluster is not None, "config_check asks for attention.cluster"
+    rate = 1e12 * cluster.peak_tflops * _PRODUCT_SHARE
+    return 6 * matmul_parameters(shape) * tokens / context.world / rate
 
 
 def open_degrees(
@@ -112,11 +126,13 @@ def open_degrees(
     for degree in degrees_of(config.parallel.cp, config.parallel.min_cp)[1:]:
         group = run_of_ranks(degree, timeout)
         contexts[degree] = build_degree(config, shape, degree, group, staged)
-    return Degrees(job.train, contexts, shape, config.world, dist.get_rank())
+    prices = PackPrices(job.train, contexts, shape.windows)
+    return Degrees(job.train, contexts, shape, prices, config.world, dist.get_rank())
 
 
 def simulated_degrees(config: Config, shape: ModelConfig, dataset: PackedDataset) -> Degrees:
     """As rank 0 of simulated ranks, to predict steps without running them."""
     found = degrees_of(config.parallel.cp, config.parallel.min_cp)
     contexts = {degree: build_degree(config, shape, degree) for degree in found}
-    return Degrees(dataset, contexts, shape, config.world, 0)
+    prices = PackPrices(dataset, contexts, shape.windows)
+    return Degrees(dataset, contexts, shape, prices, config.world, 0)

@@ -5,8 +5,8 @@ ranks take part in every round. The schedule follows from predicted seconds alon
 computes the same one without communication.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 LEAST_GAIN = 0.02  # of the plain schedule's time; predictions are not sharper than that
 
@@ -79,10 +79,7 @@ def schedule_step(
     """
     highest = max(seconds)
     count = len(seconds[highest])
-    plain = tuple(
-        _round(range(first, first + world // highest), highest, seconds)
-        for first in range(0, count, world // highest)
-    )
+    plain = tuple(_round(packs, highest, seconds) for packs in _plain(count, highest, world))
     before = sum(r.seconds for r in plain)
     best = StepSchedule(rounds=plain, plain_seconds=before)
     found = best
@@ -93,6 +90,33 @@ def schedule_step(
         if other.seconds < found.seconds:
             found = other
     return found if found.gain >= least_gain else best
+
+
+def judge_step(
+    schedule: StepSchedule, seconds: Callable[[int, int], float], highest: int, world: int
+) -> StepSchedule:
+    """The same rounds with other seconds, asked only where they are needed.
+
+    Args:
+        schedule: of a step.
+        seconds: of a pack at a degree.
+        highest: degree of the plain rounds. world: ranks.
+    """
+
+    def slowest(packs: Sequence[int], degree: int) -> float:
+        return max(seconds(pack, degree) for pack in packs)
+
+    count = sum(len(entry.packs) for entry in schedule.rounds)
+    return StepSchedule(
+        rounds=tuple(replace(r, seconds=slowest(r.packs, r.degree)) for r in schedule.rounds),
+        plain_seconds=sum(slowest(packs, highest) for packs in _plain(count, highest, world)),
+    )
+
+
+def _plain(count: int, highest: int, world: int) -> list[range]:
+    """Packs of each round of the highest degree, in order."""
+    side = world // highest
+    return [range(first, first + side) for first in range(0, count, side)]
 
 
 def _cut(

@@ -99,15 +99,22 @@ def kinds_table(kinds: list[LayerKind], packs: int) -> Iterator[str]:
 def degrees_json(config: Config, shape: ModelConfig, dataset: PackedDataset) -> dict[str, Any]:
     """The schedule of the first step's packs, as plain values; seconds are of a whole step.
 
-    `planning_s` is what planning and pricing these packs took here: every rank's loader does it
-    for every step, beside the training.
+    The schedule is the one that training chooses, by estimates; its seconds come from plans.
+    `samples_s` is what pricing sample packs took here, once, and `planning_s` what scheduling the
+    step took: every rank's loader does it for every step, beside the training.
     """
     batches = step_batches(config, 0, 0)
     degrees = simulated_degrees(config, shape, dataset)
-    began = time.perf_counter()
-    schedule = degrees.price(batches.starts(0), batches.seq_len(0)).schedule
+    starts, seq_len = batches.starts(0), batches.seq_len(0)
+    times = [time.perf_counter()]
+    degrees.price(starts, seq_len)
+    times.append(time.perf_counter())
+    priced = degrees.price(starts, seq_len)
+    times.append(time.perf_counter())
+    schedule = degrees.judge(priced)
     return {
-        "planning_s": time.perf_counter() - began,
+        "samples_s": times[1] - times[0],
+        "planning_s": times[2] - times[1],
         "degrees": [entry.degree for entry in schedule.rounds],
         "step_s": schedule.seconds,
         "plain_step_s": schedule.plain_seconds,
@@ -118,7 +125,10 @@ def degrees_json(config: Config, shape: ModelConfig, dataset: PackedDataset) -> 
 def degrees_line(found: dict[str, Any], packs: int) -> str:
     """One sentence about `degrees_json`."""
     step, plain = 1e3 * found["step_s"], 1e3 * found["plain_step_s"]
-    planned = f"; planned in {found['planning_s']:.2g} s"
+    planned = (
+        f"; scheduled in {1e3 * found['planning_s']:.2g} ms after {found['samples_s']:.2g} s "
+        "for sample packs"
+    )
     if not found["gain"]:
         text = f"no gain from fewer ranks per pack, {plain:.4g} ms"
     else:

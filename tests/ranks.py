@@ -30,6 +30,7 @@ import torch.multiprocessing as mp
 from ringattn.parallel.processes import exit_with_parent
 
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
+PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "numpy", "ringattn.launch.trainer")
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # longer than any test: the pool's own timeout rules
 
 
@@ -64,10 +65,10 @@ class RankPool:
     """``world_size`` processes joined in one gloo group, serving one call after another."""
 
     def __init__(self, world_size: int) -> None:
-        # A fork server imports torch once, before it starts any thread; each rank is then a cheap
-        # fork of it. The store listens on whatever port is free.
+        # A fork server imports what ranks need once, before it starts any thread; each rank is then
+        # a cheap fork of it. The store listens on whatever port is free.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+        context.set_forkserver_preload(list(PRELOADED))
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._stacks: list[Connection] = []

@@ -1,5 +1,7 @@
 """Plans of every method: proved on integers; bytes, steps, stages and peak memory as promised."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -28,20 +30,49 @@ def _schedules(method: str, mask: Mask, layout: ra.Layout, **changes) -> list[Sc
 MASK_BLIND = ("all_gather", "ulysses", "usp", "loongtrain")  # their moves do not ask the mask
 
 
-@pytest.mark.parametrize("mask_name", MASKS)
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_every_plan_is_proved_on_integers(mask_name: str, method: str) -> None:
-    """Every layout at one number of ranks, which differs from mask to mask and method to method."""
+def _prove(mask_name: str, method: str, layout_names: list[str]) -> None:
+    """Plans on these layouts; the number of ranks differs from mask to mask, method to method."""
     mask = mask_of(mask_name)
     turn = list(MASKS).index(mask_name) + METHOD_NAMES.index(method)
-    for index, (layout_name, make) in enumerate(LAYOUTS.items()):
-        world = 1 + (turn + index) % 4
-        layout = make(mask, world)
+    for layout_name in layout_names:
+        world = 1 + (turn + list(LAYOUTS).index(layout_name)) % 4
+        layout = LAYOUTS[layout_name](mask, world)
         for schedule in _schedules(method, mask, layout, group=4 if world % 2 else 1):
             try:
                 verify_schedule(schedule, mask, layout)
             except PlanError as error:
                 raise AssertionError(f"{layout_name}, {world} ranks: {error}") from error
+
+
+def _few_layouts(mask_name: str, method: str) -> list[str]:
+    """Three layouts, which differ by mask and method so that all pairs meet."""
+    names = list(LAYOUTS)
+    turn = 2 * list(MASKS).index(mask_name) + METHOD_NAMES.index(method)
+    return [names[(turn + index) % len(names)] for index in (0, 1, 4)]
+
+
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_plan_is_proved_on_integers(mask_name: str, method: str) -> None:
+    _prove(mask_name, method, _few_layouts(mask_name, method))
+
+
+def test_the_proved_plans_hold_all_pairs_and_rank_numbers() -> None:
+    cases = set()
+    for mask, method in itertools.product(MASKS, METHOD_NAMES):
+        turn = list(MASKS).index(mask) + METHOD_NAMES.index(method)
+        for layout in _few_layouts(mask, method):
+            cases.add((mask, method, layout, (turn + list(LAYOUTS).index(layout)) % 4))
+    axes = [list(MASKS), METHOD_NAMES, list(LAYOUTS), range(4)]
+    for a, b in itertools.combinations(range(4), 2):
+        assert {(c[a], c[b]) for c in cases} == set(itertools.product(axes[a], axes[b]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_plan_on_every_layout_is_proved_on_integers(mask_name: str, method: str) -> None:
+    _prove(mask_name, method, list(LAYOUTS))
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -6,6 +6,7 @@ Blocks are small, so that small problems fall into many. Plans of every mask run
 
 import importlib
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +46,25 @@ BANDS = {
     "far rows": [(0, 4, 1, 640, 3, 640, -OPEN, OPEN, 311)],
 }
 
+HEAD_DIMS = [(64, 64), (128, 128), (256, 256), (80, 48), (192, 128), (8, 1)]
 
-@pytest.mark.parametrize("variant", ["pointers", "tma", "deterministic", "deterministic tma"])
-@pytest.mark.parametrize("name", BANDS)
+
+def _by_turns(cases: Iterable[tuple[Any, ...]], short: Callable[[int], bool]) -> list[Any]:
+    """The cases, by number, of which only some are in the short tests."""
+    return [
+        pytest.param(*case, marks=() if short(index) else pytest.mark.full)
+        for index, case in enumerate(cases)
+    ]
+
+
+# Each shape with two variants that differ in both of what a variant is made of.
+@pytest.mark.parametrize(
+    "name, variant",
+    _by_turns(
+        itertools.product(BANDS, ["pointers", "tma", "deterministic", "deterministic tma"]),
+        lambda index: (index // 4 % 2 == 0) == (index % 4 in (0, 3)),
+    ),
+)
 def test_band_shapes(generator: torch.Generator, name: str, variant: str) -> None:
     tiles = tile_table(*BANDS[name])
     rows, keys = int(tiles["q1"].max()), int(tiles["k1"].max())
@@ -74,11 +91,14 @@ def test_random_bands_in_several_launches(
             assert_close(field, getattr(reference, field), value, ALLOWED[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize(
-    "head_dim", [(64, 64), (128, 128), (256, 256), (80, 48), (192, 128), (8, 1)], ids=str
+    "dtype, head_dim, softcap",
+    _by_turns(
+        itertools.product(ALLOWED, HEAD_DIMS, [None, 3.0]),
+        lambda index: index % 2 == (index // 2 + index // (2 * len(HEAD_DIMS))) % 2,
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 def test_dtypes_and_head_dims(
     generator: torch.Generator,
     dtype: torch.dtype,

@@ -15,6 +15,7 @@ from ringattn.launch.config_check import check_config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.degree_feed import simulated_degrees
 from ringattn.launch.degrees import Round, StepSchedule
+from ringattn.launch.feed import layer_masks
 from ringattn.launch.job import open_job
 from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 
@@ -104,17 +105,19 @@ def test_prices_and_plans_of_a_step(corpus: Path, tmp_path: Path) -> None:
     length = config.data.seq_len
     starts = length * np.arange(5).reshape(5, 1, 1)
     priced = degrees.price(starts, length)
-    assert list(priced.plans) == [4, 2, 1]
-    for pack, (start,) in enumerate(priced.packs):
-        assert job.train.lengths(start, length) == job.train.read(start, length).lengths
-        times = []
-        for degree, plans in priced.plans.items():
-            first, second = plans[pack]
+    assert list(degrees.contexts) == [4, 2, 1]
+    for (start,), lengths in zip(priced.packs, priced.lengths, strict=True):
+        assert lengths == job.train.read(start, length).lengths
+        masks = layer_masks(lengths, job.shape.windows)
+        for degree, context in degrees.contexts.items():
+            first, second = context.plans(masks)
             assert (first.world, second.world) == (degree, degree)
             assert first.mask.area < second.mask.area
             assert first.layout is second.layout
-            times.append(sum(plan.seconds or 0 for plan in plans[pack]))
-        assert times[0] > 0
+            alone = (first.seconds or 0) + (second.seconds or 0)
+            assert degrees.prices.planned(lengths, degree) == alone > 0
+    judged = degrees.judge(priced)
+    assert [r.packs for r in judged.rounds] == [r.packs for r in priced.schedule.rounds]
     with mock.patch.object(degree_feed, "schedule_step", _mixed_of_five):
         for rank in range(4):
             dealt = replace(degrees, rank=rank).deal(starts, length)
