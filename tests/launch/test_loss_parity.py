@@ -1,0 +1,130 @@
+"""One grid: whatever is sharded, kept, recomputed or compiled, the losses are those of one device.
+
+30 steps in float32 against one rank of the replicated engine that keeps everything: losses and
+gradient norms. Pairs of settings in the short tests, a sample of all combinations behind `full`.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.grid import run_grid
+from tests.launch.engines import ENGINES, OFFLOADS, SHARDED
+from tests.launch.mixed_rounds import use_changing_rounds
+from tests.launch.training import (
+    assert_parity,
+    graphs_without_a_compiler,
+    parity_errors,
+    tiny_values,
+    train_pooled,
+    uneven_corpus,
+)
+from tests.pairwise import pairwise
+
+# The first run in each pool of ranks imports DeepSpeed and half of torch.
+pytestmark = pytest.mark.timeout(300)
+TOLERANCE = 1e-5
+SOURCES = ("ringattn", "kernels", "parallel", "launch")
+Case = dict[str, Any]
+Lines = list[dict[str, Any]]
+
+# Where several cases cover as many pairs, the first values are taken.
+AXES: dict[str, list] = {
+    "engine": list(ENGINES),
+    "parallel.cp": [2, 1, 4],
+    "parallel.dp": [1, 2],
+    "memory.checkpointing": ["full", "attention", "sequence", "none"],
+    "train.compile": [False, True],
+    "memory.token_tile": [37, None],
+    "memory.offload": [True, False],
+    "parallel.offload": ["none", "optimizer", "parameters"],
+    "model.window": [24, None],
+    "train.accumulate": [1, 2],
+}
+
+
+def allowed(case: Case) -> bool:
+    """What the configuration takes."""
+    offload = case["parallel.offload"]
+    return (offload == "none" or offload in OFFLOADS[case["engine"]]) and not (
+        case["memory.offload"] and case["memory.checkpointing"] == "none"
+    )
+
+
+def world_of(case: Case) -> int:
+    return case["parallel.cp"] * case["parallel.dp"]
+
+
+CASES = pairwise(AXES, lambda case: world_of(case) <= 4 and allowed(case))
+
+
+def case_name(case: Case) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return uneven_corpus(tmp_path_factory.mktemp("uneven"))
+
+
+def values_of(corpus: Path, run: Path, window: int | None, **overrides: Any) -> dict[str, Any]:
+    """30 steps; with a window every other layer attends everything."""
+    shape = {"train__steps": 30, "train__eval_packs": 1}
+    if window is not None:
+        shape |= {"model__window": window, "model__full_every": 2}
+    return tiny_values(corpus, run, **(shape | overrides))
+
+
+@pytest.fixture(scope="module")
+def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
+    """Runs of one replicated rank that keeps everything; each is made once."""
+    runs: dict[Any, Lines] = {}
+
+    def run(packs: int, window: int | None) -> Lines:
+        if (packs, window) not in runs:
+            folder = tmp_path_factory.mktemp("one") / "run"
+            values = values_of(corpus, folder, window, train__accumulate=packs)
+            runs[packs, window] = train_pooled(values)
+        return runs[packs, window]
+
+    return run
+
+
+def train_case(case: Case, corpus: Path, run: Path, compiler: bool = False) -> Lines:
+    """Trains a case; `compiler`: compiled code is made in earnest, not only traced."""
+    rest = {key: value for key, value in case.items() if key != "engine"}
+    values = values_of(corpus, run, case["model.window"]) | rest | ENGINES[case["engine"]]
+    traced = case["train.compile"] and not compiler
+    return train_pooled(values, graphs_without_a_compiler if traced else None)
+
+
+def expected_of(case: Case, one_rank: Callable[..., Lines]) -> Lines:
+    return one_rank(case["parallel.dp"] * case["train.accumulate"], case["model.window"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_pairs_of_settings(
+    case: Case, corpus: Path, one_rank: Callable[..., Lines], tmp_path: Path
+) -> None:
+    got = train_case(case, corpus, tmp_path / "run")
+    assert_parity(expected_of(case, one_rank), got, TOLERANCE)
+
+
+@pytest.mark.parametrize("engine, cp", [("fsdp", 4), ("zero 3", 2)])
+def test_changing_degrees(
+    engine: str, cp: int, corpus: Path, one_rank: Callable[..., Lines], tmp_path: Path
+) -> None:
+    """Packs of a step on different numbers of ranks, in another way in every step."""
+    values = values_of(
+        corpus, tmp_path / "run", 24, parallel__cp=cp, parallel__min_cp=1, train__accumulate=4
+    )
+    values |= {"attention.cluster": "cpu_gloo", "attention.method": "ring"}
+    got = train_pooled(values | ENGINES[engine], use_changing_rounds)
+    assert_parity(one_rank(4, 24), got, TOLERANCE)
+    rounds = {tuple(line["degrees"]) for line in got}
+    assert {degree for degrees in rounds for degree in degrees} == {1, 2, cp}
+    assert len({len(degrees) for degrees in rounds}) > 1
