@@ -82,11 +82,13 @@ def tiny_values(corpus: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]
 Mutation = str | Callable[[], Any] | None  # a name of MUTATIONS, or what makes a patch
 
 
-def train_pooled(values: dict[str, Any], mutation: Mutation = None) -> list[dict[str, Any]]:
-    """Trains on pooled ranks; returns the lines of metrics.jsonl."""
+def train_pooled(
+    values: dict[str, Any], mutation: Mutation = None, timeout: float = 60.0
+) -> list[dict[str, Any]]:
+    """Trains on pooled ranks, within `timeout` seconds; returns the lines of metrics.jsonl."""
     config = config_from_values(values)
     check_before_start(config)
-    run_ranks(config.world, _train_on_rank, values, mutation)
+    run_ranks(config.world, _train_on_rank, values, mutation, timeout=timeout)
     return read_lines(Path(config.run.dir) / METRICS_FILE)
 
 
