@@ -4,8 +4,8 @@
 gradient norms. Pairs of settings in the short tests, a sample of all combinations behind `full`.
 """
 
-import itertools
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.launch.training import (
     train_pooled,
     uneven_corpus,
 )
-from tests.pairwise import pairwise
+from tests.pairwise import drawn_pairwise, pairwise
 
 # The first run in each pool of ranks imports DeepSpeed and half of torch.
 pytestmark = pytest.mark.timeout(300)
@@ -94,12 +94,15 @@ def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """Runs of one replicated rank that keeps everything; each is made once."""
     runs: dict[Any, Lines] = {}
 
-    def run(packs: int, window: int | None) -> Lines:
-        if (packs, window) not in runs:
+    def run(packs: int, window: int | None, clip: float = 1.0) -> Lines:
+        key = packs, window, clip
+        if key not in runs:
             folder = tmp_path_factory.mktemp("one") / "run"
-            values = values_of(corpus, folder, window, train__accumulate=packs)
-            runs[packs, window] = train_pooled(values)
-        return runs[packs, window]
+            values = values_of(
+                corpus, folder, window, train__accumulate=packs, train__clip_norm=clip
+            )
+            runs[key] = train_pooled(values)
+        return runs[key]
 
     return run
 
@@ -113,7 +116,8 @@ def train_case(case: Case, corpus: Path, run: Path, compiler: bool = False) -> L
 
 
 def expected_of(case: Case, one_rank: Callable[..., Lines]) -> Lines:
-    return one_rank(case["parallel.dp"] * case["train.accumulate"], case["model.window"])
+    packs = case["parallel.dp"] * case["train.accumulate"]
+    return one_rank(packs, case["model.window"], case.get("train.clip_norm", 1.0))
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
@@ -139,9 +143,62 @@ def test_changing_degrees(
     values = values_of(
         corpus, tmp_path / "run", 24, parallel__cp=cp, parallel__min_cp=1, train__accumulate=packs
     )
-    values |= {"attention.cluster": "cpu_gloo", "attention.method": "ring"}
+    values |= {
+        "attention.cluster": "cpu_gloo",
+        "attention.method": "ring",
+        "attention.layout": "zigzag",
+    }
     got = train_pooled(values | ENGINES[engine], use_changing_rounds)
     assert_parity(one_rank(packs, 24), got, TOLERANCE)
     rounds = {tuple(line["degrees"]) for line in got}
     assert {degree for degrees in rounds for degree in degrees} == {*degrees_of(cp, 1)}
     assert len({len(degrees) for degrees in rounds}) > 1
+
+
+# Everything, up to 8 ranks. Those of the drawn pairs come first.
+PRODUCT = {**AXES, "parallel.reshard": [True, False], "train.clip_norm": [1.0, 0.0]}
+SAMPLE = 300
+
+
+def sample(seed: int) -> list[Case]:
+    """Pairs that include 8 ranks, then combinations at random; each once."""
+
+    def possible(case: Case) -> bool:
+        return allowed(case) and (case["engine"] == "fsdp" or case["parallel.reshard"])
+
+    draw, found = random.Random(seed), drawn_pairwise(PRODUCT, possible, seed)
+    draw.shuffle(found)
+    while len(found) < SAMPLE:
+        case = {axis: draw.choice(values) for axis, values in PRODUCT.items()}
+        if possible(case) and case not in found:
+            found.append(case)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(8 * 3600)
+def test_sampled_settings(
+    corpus: Path,
+    one_rank: Callable[..., Lines],
+    tmp_path: Path,
+    grid_seconds: float | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Up to two ranks compile in earnest, more only trace."""
+    seed = request.config.getoption("--seed")
+
+    def check(case: Case) -> dict[str, float]:
+        run = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+        got = train_case(case, corpus, run, world_of(case) <= 2)
+        return parity_errors(expected_of(case, one_rank), got)
+
+    run_grid(
+        "loss_parity",
+        sample(seed),
+        check,
+        tolerance=TOLERANCE,
+        folders=SOURCES,
+        axes=tuple(PRODUCT),
+        seconds=grid_seconds,
+        note=f"{SAMPLE} combinations drawn from all of them with seed {seed} (--seed); 30 steps.",
+    )

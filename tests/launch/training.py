@@ -271,9 +271,7 @@ def graphs_without_a_compiler() -> Any:
     return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-def parity_errors(
-    expected: list[dict[str, Any]], got: list[dict[str, Any]]
-) -> dict[str, float]:
+def parity_errors(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> dict[str, float]:
     """Largest relative errors of losses and gradient norms over all steps."""
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     return {
