@@ -20,7 +20,7 @@ import torch
 # TRITON_INTERPRET=0 lets the tests marked gpu compile them instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.ranks import close_pools, run_ranks
+from tests.ranks import close_pools, preload, run_ranks
 
 BACKSTOP_GRACE = 60.0  # seconds after the timeout until a test stuck in C code ends the session
 _SEED = pytest.StashKey[int]()
@@ -62,6 +62,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What every rank would import for these tests, and takes seconds, is imported once."""
+    folders = {item.path.parent.name for item in session.items}
+    if folders & {"launch", "hf"}:
+        for module in ("torch._dynamo", "torch.distributed.fsdp", "ringattn.launch.trainer"):
+            preload(module)
+    if "hf" in folders:
+        preload("transformers.models.llama.modeling_llama")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -55,6 +55,14 @@ def run_ranks(
         raise
 
 
+def preload(module: str) -> None:
+    """Imports a module once for the ranks of all pools made from here on, instead of in each.
+
+    Only before the first pool. The module must start no thread.
+    """
+    _PRELOAD.append(module)
+
+
 def close_pools() -> None:
     """Ends every rank of every pool."""
     while _POOLS:
@@ -68,7 +76,7 @@ class RankPool:
         # A fork server imports what ranks need once, before it starts any thread; each rank is then
         # a cheap fork of it. The store listens on whatever port is free.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context.set_forkserver_preload([*PRELOADED, *_PRELOAD])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._stacks: list[Connection] = []
@@ -200,5 +208,6 @@ def _answer(rank: int, world_size: int, call: bytes, broken: str | None) -> byte
         return pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
 
 
+_PRELOAD: list[str] = []
 _POOLS: dict[int, RankPool] = {}
 atexit.register(close_pools)

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.model import Transformer, init_weights, random_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.sample_run import sample_run
+from ringattn.launch.trainer import Trainer
 from ringattn.parallel.mesh import build_mesh
 from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
-from tests.launch.test_engines import ENGINES
+from tests.launch.engines import ENGINES, SHARDED
 from tests.launch.test_resume import comparable, stored_tensors
 from tests.launch.training import (
     assert_parity,
@@ -30,15 +32,25 @@ from tests.launch.training import (
 from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
 
 pytestmark = pytest.mark.timeout(300)
-ALL: dict[str, dict[str, Any]] = {"ddp": {"parallel.engine": "ddp"}, **ENGINES}
-# Written by one engine on 2 ranks; read by the next one, on other ranks.
-READERS = {
-    "ddp": ("fsdp", {"parallel.cp": 4}),
-    "fsdp": ("zero 3", {"parallel.cp": 1}),
-    "zero 3": ("zero 1", {"parallel.cp": 4}),
-    "zero 1": ("zero 2", {"parallel.cp": 1}),
-    "zero 2": ("ddp", {"parallel.cp": 1}),
-}
+# Written by one engine on 2 ranks, with 2 packs per rank and step; read by the next one, on other
+# ranks and with other parts of memory.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": (
+        "fsdp",
+        {"parallel.cp": 4, "train.accumulate": 2, "memory.checkpointing": "full",
+         "memory.token_tile": 23},
+    ),
+    "fsdp": ("zero 3", {"parallel.dp": 2, "memory.checkpointing": "attention"}),
+    "zero 3": (
+        "zero 1", {"parallel.dp": 2, "parallel.cp": 2, "memory.checkpointing": "sequence"}
+    ),
+    "zero 1": (
+        "zero 2",
+        {"train.accumulate": 2, "memory.checkpointing": "full", "memory.offload": True},
+    ),
+    "zero 2": ("ddp", {"parallel.dp": 2}),
+}  # fmt: skip
+SAVED = {"parallel.cp": 2, "train.accumulate": 2, "train.steps": 6}
 SHAPE = {
     # A vocabulary and a width that no number of ranks divides.
     "layers": 2, "dim": 36, "heads": 4, "kv_heads": 2, "head_dim": 8,
@@ -52,55 +64,92 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder of a run of 8 steps of an engine at cp = 2, saved after 4 and 8; made once."""
+    """The folder of a run of 6 steps of an engine at cp = 2, saved after 3 and 6; made once."""
 
     @functools.cache
     def run(engine: str) -> Path:
         folder = tmp_path_factory.mktemp("saved") / "run"
-        values = tiny_values(corpus, folder, parallel__cp=2, train__steps=8, checkpoint__every=4)
-        train_pooled(values | ALL[engine])
+        values = tiny_values(corpus, folder, checkpoint__every=3)
+        train_pooled(values | SAVED | ENGINES[engine])
         return folder
 
     return run
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_resumed_bitwise(engine: str, saved: Any, corpus: Path, tmp_path: Path) -> None:
     """Nothing changed: the rest of the run, and all that is saved, are the same bits."""
     source = saved(engine)
-    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=8)
-    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000004")}
-    got = train_pooled(values | ALL[engine])
-    assert comparable(got) == comparable(read_lines(source / METRICS_FILE)[4:])
-    expected = stored_tensors(source / "checkpoints" / "step-000008")
-    final = stored_tensors(tmp_path / "run" / "checkpoints" / "step-000008")
+    values = tiny_values(corpus, tmp_path / "run") | SAVED
+    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000003")}
+    got = train_pooled(values | ENGINES[engine])
+    assert comparable(got) == comparable(read_lines(source / METRICS_FILE)[3:])
+    expected = stored_tensors(source / "checkpoints" / "step-000006")
+    final = stored_tensors(tmp_path / "run" / "checkpoints" / "step-000006")
     assert expected.keys() == final.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, final[name]), name
 
 
-@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_resumed_by_another_engine(engine: str, saved: Any, corpus: Path, tmp_path: Path) -> None:
     reader, mesh = READERS[engine]
     source = saved(engine)
-    values = tiny_values(corpus, tmp_path / "run", train__steps=8)
-    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000004")}
-    got = train_pooled(values | ALL[reader] | mesh)
-    assert_parity(read_lines(source / METRICS_FILE)[4:], got)
+    values = tiny_values(corpus, tmp_path / "run", train__steps=6)
+    values |= {"checkpoint.resume": str(source / "checkpoints" / "step-000003")}
+    got = train_pooled(values | ENGINES[reader] | mesh)
+    assert_parity(read_lines(source / METRICS_FILE)[3:], got)
 
 
 def test_all_write_the_same(saved: Any) -> None:
     """Names, shapes and dtypes; values up to the order of additions."""
-    expected = stored_tensors(saved("ddp") / "checkpoints" / "step-000004")
-    assert expected["optimizer/model.norm.weight/step"] == 4
-    for engine in ENGINES:
-        got = stored_tensors(saved(engine) / "checkpoints" / "step-000004")
+    expected = stored_tensors(saved("ddp") / "checkpoints" / "step-000003")
+    assert expected["optimizer/model.norm.weight/step"] == 3
+    for engine in SHARDED:
+        got = stored_tensors(saved(engine) / "checkpoints" / "step-000003")
         assert got.keys() == expected.keys()
         for name, tensor in expected.items():
             assert got[name].shape == tensor.shape
             assert got[name].dtype == tensor.dtype
             if name != "rng/cpu":
                 torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def _checked_start(checkpoint: Path) -> Any:
+    """Loading into engines whose optimizers hold something; what they hold then is checked."""
+    restore = Trainer._restore
+
+    def checked(self: Trainer) -> tuple[int, int]:
+        self.engine.load(lambda found: [t.fill_(1.0) for t in found.values()])
+        result = restore(self)
+        expected = stored_tensors(checkpoint)
+        for name, tensor in self.engine.tensors().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            want = expected[name] if name.startswith("model/") else torch.zeros_like(whole)
+            assert torch.equal(whole, want), name
+        return result
+
+    return mock.patch.object(Trainer, "_restore", checked)
+
+
+@pytest.fixture(scope="module")
+def started(saved: Any, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two steps of an engine at cp = 2 from the weights of another engine's run, on other data."""
+
+    def run(engine: str) -> list[dict[str, Any]]:
+        weights = saved("fsdp") / "checkpoints" / "step-000006"
+        folder = tmp_path_factory.mktemp("started") / "run"
+        values = tiny_values(corpus, folder, parallel__cp=2, train__steps=2, data__seq_len=96)
+        values |= {"checkpoint.weights": str(weights)}
+        return train_pooled(values | ENGINES[engine], functools.partial(_checked_start, weights))
+
+    return functools.cache(run)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_started_from_weights_of_another_run(engine: str, started: Any) -> None:
+    """Weights are taken, a new optimizer starts from zero: as in the replicated engine."""
+    assert_parity(started("ddp"), started(engine))
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero 3"])
@@ -117,7 +166,7 @@ def test_sample_reads_what_shards_wrote(engine: str, saved: Any) -> None:
 
 def test_bfloat16_keeps_its_master_weights(corpus: Path, tmp_path: Path) -> None:
     """A resumed run goes on from float32 weights, not from the rounded ones."""
-    for engine in ENGINES:
+    for engine in SHARDED:
         folder = tmp_path / engine.replace(" ", "")
         values = tiny_values(
             corpus, folder, parallel__cp=2, train__steps=6, train__dtype="bf16", checkpoint__every=3
@@ -159,7 +208,7 @@ def _engine_facts(rank: int, world: int, _group: Any, values: dict[str, Any]) ->
     return whole, kept, resident, sum(drawn)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SHARDED)
 def test_first_weights(engine: str) -> None:
     """The same draws, of which each rank keeps its part: no row is lost on odd shapes."""
     model = Transformer(model_config("debug", vocab_size=257, **SHAPE))

@@ -1,7 +1,10 @@
 """Training from a Hugging Face folder, and `ringattn export`."""
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +22,13 @@ from ringattn.launch.prepare import prepare
 from ringattn.launch.run_folder import read_model
 from ringattn.launch.tokenizer import load_tokenizer
 from tests.launch.corpora import write_jsonl
+from tests.launch.engines import ENGINES, SHARDED
 from tests.launch.hf_checkpoints import build, logits_of, save
 from tests.launch.test_data_tokenizer import hf_folder
 from tests.launch.training import assert_parity, tiny_values, train_pooled
 
 TOKENS = torch.arange(24)[None] % 10
+Lines = list[dict[str, Any]]
 SHAPE_KEYS = ("model.layers", "model.dim", "model.heads", "model.kv_heads", "model.head_dim")
 
 
@@ -91,13 +96,23 @@ def test_train_and_export(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [word in line for word, line in zip(words, errors, strict=True)] == [True] * 3
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_engines_load_their_shards(engine: str, corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def first_step(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
+    """One step from a checkpoint, on two ranks of an engine; each is made once."""
+    folder = tmp_path_factory.mktemp("first")
+    hf = save(build("qwen3"), folder / "hf")
+
+    def run(engine: str) -> Lines:
+        values = values_of(corpus, folder / engine.replace(" ", ""), hf)
+        return train_pooled(values | {"train.steps": 1} | ENGINES[engine])
+
+    return functools.cache(run)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_engines_load_their_shards(engine: str, first_step: Callable[..., Lines]) -> None:
     """Sharded engines start from the checkpoint's weights: the same loss and gradient norm."""
-    values = values_of(corpus, tmp_path / "run", save(build("qwen3"), tmp_path / "hf"))
-    (expected,) = train_pooled(values | {"train.steps": 1})
-    changed = {"train.steps": 1, "parallel.engine": engine, "run.dir": str(tmp_path / engine)}
-    assert_parity([expected], train_pooled(values | changed))
+    assert_parity(first_step("ddp"), first_step(engine))
 
 
 def test_what_the_checkpoint_gives(corpus: Path, tmp_path: Path) -> None:

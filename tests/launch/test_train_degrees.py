@@ -17,6 +17,7 @@ from ringattn.launch.degree_feed import simulated_degrees
 from ringattn.launch.degrees import Round, StepSchedule
 from ringattn.launch.feed import layer_masks
 from ringattn.launch.job import open_job
+from tests.launch.mixed_rounds import use_mixed_rounds
 from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 
 PACKS = 8
@@ -43,27 +44,10 @@ def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return train_pooled(values(corpus, run, train__accumulate=PACKS))
 
 
-def _mixed(seconds: dict[int, list[float]], world: int) -> StepSchedule:
-    """Rounds of every degree, the packs in a rotated order: whatever the prices say."""
-    left, rounds = [*range(1, PACKS), 0], []
-    degrees = sorted(seconds, reverse=True)
-    while left:
-        degree = degrees[len(rounds) % len(degrees)]
-        if len(left) < world // degree:
-            degree = degrees[0]
-        packs, left = left[: world // degree], left[world // degree :]
-        rounds.append(Round(degree=degree, packs=tuple(packs), seconds=1.0))
-    return StepSchedule(rounds=tuple(rounds), plain_seconds=100.0)
-
-
-def _use_mixed_rounds() -> Any:
-    return mock.patch.object(degree_feed, "schedule_step", _mixed)
-
-
 def _wrong_group() -> Any:
     """Mixed rounds in which every group runs the first group's pack."""
     stack = contextlib.ExitStack()
-    stack.enter_context(_use_mixed_rounds())
+    stack.enter_context(use_mixed_rounds())
     stack.enter_context(mock.patch.object(Round, "pack_of", lambda self, rank: self.packs[0]))
     return stack
 
@@ -74,7 +58,7 @@ def test_losses_do_not_depend_on_degrees(
 ) -> None:
     mesh = {"parallel__cp": cp, "parallel__dp": dp, "parallel__min_cp": 1}
     got = train_pooled(
-        values(corpus, tmp_path / "run", train__accumulate=PACKS // dp, **mesh), _use_mixed_rounds
+        values(corpus, tmp_path / "run", train__accumulate=PACKS // dp, **mesh), use_mixed_rounds
     )
     assert_parity(plain, got)
     used = [4, 2, 1, 4] if cp == 4 else [2, 1, 2]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -81,11 +82,13 @@ def tiny_values(corpus: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]
 Mutation = str | Callable[[], Any] | None  # a name of MUTATIONS, or what makes a patch
 
 
-def train_pooled(values: dict[str, Any], mutation: Mutation = None) -> list[dict[str, Any]]:
-    """Trains on pooled ranks; returns the lines of metrics.jsonl."""
+def train_pooled(
+    values: dict[str, Any], mutation: Mutation = None, timeout: float = 60.0
+) -> list[dict[str, Any]]:
+    """Trains on pooled ranks, within `timeout` seconds; returns the lines of metrics.jsonl."""
     config = config_from_values(values)
     check_before_start(config)
-    run_ranks(config.world, _train_on_rank, values, mutation)
+    run_ranks(config.world, _train_on_rank, values, mutation, timeout=timeout)
     return read_lines(Path(config.run.dir) / METRICS_FILE)
 
 
@@ -260,6 +263,21 @@ def run_command(
 ) -> tuple[int, str, str]:
     """Runs ``ringattn ARGUMENTS`` to its end."""
     return finish(command(*arguments, launcher=launcher), timeout)
+
+
+def graphs_without_a_compiler() -> Any:
+    """`torch.compile` with Dynamo and autograd as in earnest, but no code is generated."""
+    torch.compiler.reset()
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def parity_errors(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative errors of losses and gradient norms over all steps."""
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    return {
+        key: max(abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(expected, got, strict=True))
+        for key in ("loss", "grad_norm")
+    }
 
 
 def assert_parity(
