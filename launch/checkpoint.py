@@ -172,7 +172,9 @@ def save_checkpoint(
         if is_main:
             _publish(partial, final, json.dumps(asdict(state), indent=1) + "\n")
             if keep:
-                for old in find_checkpoints(run_dir)[:-keep]:
+                # Later steps are of a run that this one left at an earlier checkpoint.
+                found = [p for p in find_checkpoints(run_dir) if p.name <= final.name]
+                for old in found[:-keep]:
                     shutil.rmtree(old)
     except (OSError, CheckpointException) as error:
         raise _cannot_write(final, error) from error

@@ -16,8 +16,9 @@ from ringattn.launch.job import Job, build_degree
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.parallel.subgroups import run_of_ranks
+from ringattn.schedule import Lane
 
-_PRODUCT_SHARE = 0.6  # of the peak rate, in products with weights
+_CHANNELS = [(lane, long) for lane in Lane for long in (False, True)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def product_seconds(shape: ModelConfig, context: ra.ContextParallel, tokens: int
     a context with a cluster share evenly."""
     cluster = context.cluster
     assert cluster is not None, "config_check asks for attention.cluster"
-    rate = 1e12 * cluster.peak_tflops * _PRODUCT_SHARE
+    rate = 1e12 * cluster.peak_tflops * cluster.gemm_share
     return 6 * matmul_parameters(shape) * tokens / context.world / rate
 
 
@@ -126,6 +127,10 @@ def open_degrees(
     for degree in degrees_of(config.parallel.cp, config.parallel.min_cp)[1:]:
         group = run_of_ranks(degree, timeout)
         contexts[degree] = build_degree(config, shape, degree, group, staged)
+    for context in contexts.values():
+        # All of them here and now: groups differ in which lanes their packs use, and NCCL names a
+        # group made later by how many its ranks have made before.
+        context.fabric(context.device).open(_CHANNELS)
     prices = PackPrices(job.train, contexts, shape.windows)
     return Degrees(job.train, contexts, shape, prices, config.world, dist.get_rank())
 

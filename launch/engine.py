@@ -17,7 +17,7 @@ from ringattn.parallel.mesh import TrainMesh
 
 
 class Engine(Protocol):
-    """Model, gradients and AdamW of the dp × cp ranks. Every method is collective but `close`."""
+    """Model, gradients and AdamW of all ranks, which call every method but `close` together."""
 
     def loss_sum(
         self,

@@ -60,9 +60,9 @@ class Trainer:
         weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
-        self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
-        self.degrees = open_degrees(job, self.cp, session.timeout, staged)
         try:
+            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
+            self.degrees = open_degrees(job, self.cp, session.timeout, staged)
             self.start, origin = self._restore()
         except BaseException:
             self.engine.close()

@@ -1,5 +1,6 @@
 """Host memory that a device copies to and from, and the copies themselves."""
 
+import mmap
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -34,6 +35,15 @@ class Copies(Protocol):
     def wait(self, event: Any, stream: Any) -> None:
         """Makes a stream wait for an event (None: for nothing). The host does not wait."""
         ...
+
+
+_PAGE = mmap.PAGESIZE
+
+
+def _unlock(runtime: Any, address: int, memory: torch.Tensor) -> None:
+    """Unlocks pages; the memory that they lie in lives until then."""
+    runtime.cudaHostUnregister(address)
+    del memory
 
 
 class HostCopies:
@@ -73,11 +83,14 @@ class CudaCopies:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Page-locked until it is let go of."""
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        # Whole pages of its own: pages are what is locked, and none may be locked twice.
+        pages = -(-nbytes // _PAGE) * _PAGE
+        whole = torch.empty(pages + _PAGE, dtype=torch.uint8)
+        address = -(-whole.data_ptr() // _PAGE) * _PAGE
         runtime: Any = torch.cuda.cudart()
-        address = memory.data_ptr()
-        torch.cuda.check_error(runtime.cudaHostRegister(address, nbytes, 0))
-        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+        torch.cuda.check_error(runtime.cudaHostRegister(address, pages, 0))
+        memory = whole[address - whole.data_ptr() :][:nbytes]
+        weakref.finalize(memory, _unlock, runtime, address, whole).atexit = False
         return memory
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, lane: Lane, after: list) -> None:

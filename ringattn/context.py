@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn import checks, choice, planner, stack
+from ringattn.agreement import Agreements
 from ringattn.arena import Arena
 from ringattn.cost import Cluster, peak_bytes
 from ringattn.errors import UserError
@@ -104,7 +105,7 @@ class ContextParallel:
         checks.is_duration(timeout)
         check_staging(staged, self.group)
         self.staged = staged
-        self.arena = Arena()
+        self.arena, self.agreements = Arena(), Agreements()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._layouts: OrderedDict[str, Layout] = OrderedDict()

@@ -8,7 +8,7 @@ import torch
 
 from ringattn.checks import check_tensors, is_routed
 from ringattn.cost import price_pair
-from ringattn.errors import CommunicationError, PlanError, UserError
+from ringattn.errors import UserError
 from ringattn.executor import Run, Slots, backward_home, forward_home
 from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.measured import architecture_of
@@ -16,7 +16,6 @@ from ringattn.kernels.select import choose_kernels, kernel_by_name
 from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.operators import register
-from ringattn.parallel.fabric import Fabric
 from ringattn.program import Program, build_program
 from ringattn.routing_exchange import Router
 from ringattn.schedule import Channel, Direction, Schedule, Wire
@@ -70,7 +69,6 @@ class Plan:
         self._programs: dict[tuple[str, int, str, str], Program] = {}
         self._chosen: dict[tuple[Any, ...], Program] = {}
         self._routers: dict[str, Router] = {}
-        self._agreed = False
         self.parts: dict[float, Any] = {}  # see `ringattn.selective`
         # A plain number, so that compiled code need not look into the tables.
         self.saved_numel = self.forward.saved_bytes(context.rank) // context.shapes.itemsize
@@ -83,7 +81,7 @@ class Plan:
         """Ranks that share the sequence."""
         return self.layout.world
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal digests mean equal plans."""
         return f"{self.forward.digest[:32]}{self.backward.digest[:32]}"
@@ -278,8 +276,7 @@ class Plan:
         is_routed(self.mask)
         self.check(q, k, k.new_empty((*k.shape[:3], self.context.head_dim[1])), None)
         device = q.device
-        if not self._agreed:
-            self._agree(self.context.fabric(device))
+        self.context.agreements.ensure(self.digest, self.context.fabric(device))
         if str(device) not in self._routers:
             made = Router.of(self.mask, self.layout, self.context.rank, device)
             self._routers[str(device)] = made
@@ -299,21 +296,6 @@ class Plan:
         context, device = self.context, home[Channel.Q, 0][0].device
         program = self.chosen_program(direction, context.rank, home, softcap)
         fabric = context.fabric(device)
-        if not self._agreed:
-            self._agree(fabric)
+        context.agreements.ensure(self.digest, fabric)
         fabric.open(program.classes)
         return Run(program, fabric, context.arena, home, scale, softcap, selection, saved or {})
-
-    def _agree(self, fabric: Fabric) -> None:
-        try:
-            strangers = fabric.agree(self.digest)
-        except RuntimeError as error:
-            raise CommunicationError(
-                f"rank {fabric.rank}: comparing plans before step 0 did not complete: {error}"
-            ) from error
-        if strangers:
-            raise PlanError(
-                f"rank {fabric.rank}: ranks {strangers} hold another plan than rank 0; "
-                "give every rank the same mask and the same ContextParallel arguments"
-            )
-        self._agreed = True

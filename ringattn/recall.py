@@ -140,7 +140,7 @@ class _Remembered(torch.autograd.Function):
         plan, scale, softcap = ctx.call
         dq, dk, dv, dsinks = _attention_backward(
             dout,
-            torch.zeros_like(lse),
+            None,
             q, k, v, out, lse, sinks,
             plan.handle, scale, softcap, blocks, saved,
         )  # fmt: skip

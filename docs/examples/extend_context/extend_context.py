@@ -29,9 +29,20 @@ NEEDLE = [
 ]  # fmt: skip
 CORPORA = {
     "near": ["--tokens", "1500000", "--shortest", "20", "--longest", "40", "--every", "3"],
-    "middle": ["--tokens", "1000000", "--shortest", "48", "--longest", "256", "--every", "16"],
-    "far": ["--tokens", "4000000", "--shortest", "1024", "--longest", "2048", "--every", "700"],
-    "long": ["--tokens", "4000000", "--shortest", "4096", "--longest", "16384", "--every", "4000"],
+    # Many questions for one statement: they teach most of it.
+    "many": ["--tokens", "2500000", "--shortest", "48", "--longest", "2048", "--every", "24"],
+    "far": ["--tokens", "4000000", "--shortest", "1024", "--longest", "2048", "--every", "600"],
+    "many_long": [
+        "--tokens",
+        "2000000",
+        "--shortest",
+        "4096",
+        "--longest",
+        "16384",
+        "--every",
+        "48",
+    ],
+    "long": ["--tokens", "3000000", "--shortest", "4096", "--longest", "16384", "--every", "3000"],
 }
 LENGTHS = "1024,2048,4096,8192,16384"
 SCALED = ["model.rope_scaling=yarn", "model.rope_factor=8", "model.rope_original_seq_len=2048"]
