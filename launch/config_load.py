@@ -219,6 +219,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return number
         if typing.get_origin(choice) is dict and isinstance(value, Mapping) and value:
             inner = typing.get_args(choice)[1]
+            for name, entry in value.items():
+                if entry is None:
+                    rule = f"{name!r} has no value after it: YAML wants a space after the colon"
+                    raise UserError(f"{key}={_show(value)}", rule, f"write {key}={{NAME: 0.5}}")
             return {str(name): _convert(key, entry, inner) for name, entry in value.items()}
         if typing.get_origin(choice) is tuple:
             parts = typing.get_args(choice)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ringattn.errors import UserError
 from ringattn.launch.failure import run_reporting
 from ringattn.launch.main_context import add_evaluate, add_needles
 
@@ -101,7 +102,9 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, or the name of a shipped one: demo, debug"
+        "config",
+        metavar="CONFIG",
+        help="YAML file, or the name of a shipped one, such as demo or 8b_1m_32gpu",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.cp=2"
@@ -216,10 +219,21 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _find_config(text: str) -> Path:
-    """The file `text`, or the shipped configuration of that name, such as "demo"."""
-    shipped = Path(str(importlib.resources.files("ringattn.configs"))) / f"{text}.yaml"
+    """The file `text`, or the shipped configuration of that name, such as "demo".
+
+    Raises:
+        UserError: a name that is neither.
+    """
+    folder = Path(str(importlib.resources.files("ringattn.configs")))
     given = Path(text)
-    return shipped if not given.exists() and given.name == text and shipped.is_file() else given
+    if given.exists() or given.name != text or given.suffix:
+        return given
+    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
+    if text not in shipped:
+        raise UserError(
+            f"config {text!r}", "is no file and no shipped one", f"use one of {', '.join(shipped)}"
+        )
+    return folder / f"{text}.yaml"
 
 
 def _sample(arguments: argparse.Namespace) -> int:
