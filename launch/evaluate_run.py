@@ -98,7 +98,7 @@ def evaluate_run(request: ContextRequest, overrides: Sequence[str] = ()) -> int:
     body = partial(_test_on_rank, request)
 
     def check() -> None:
-        _open(request, config)
+        _open(request, config, config.world)
 
     return on_ranks(config, body, check)
 
@@ -111,8 +111,11 @@ def _run_folder(path: Path) -> Path:
     raise UserError(f"run {path}", "holds no config.yaml", "name the run.dir of a run")
 
 
-def _open(request: ContextRequest, config: Config) -> _Opened:
-    """Checks a request against run, corpora and checkpoint; starts nothing, writes nothing."""
+def _open(request: ContextRequest, config: Config, local_world: int) -> _Opened:
+    """Checks a request against run, corpora and checkpoint; starts nothing, writes nothing.
+
+    `local_world` ranks run on this host.
+    """
     check_config(config)
     unknown = set(request.tests) - set(TESTS)
     if unknown:
@@ -130,7 +133,7 @@ def _open(request: ContextRequest, config: Config) -> _Opened:
     text = PackedDataset(path, "heldout", max(lengths))
     folder = _run_folder(Path(request.run))
     shape = resolve_model(config, text.vocab_size)
-    device_type = place_ranks(config, config.world).device_type
+    device_type = place_ranks(config, local_world).device_type
     check_attention(config, shape, device_type, [max(lengths)])
     return _Opened(
         checkpoint=choose_weights(request.run, shape),
@@ -149,7 +152,7 @@ def _powers(longest: int) -> tuple[int, ...]:
 
 
 def _test_on_rank(request: ContextRequest, config: Config, session: Session) -> None:
-    opened = _open(request, config)
+    opened = _open(request, config, session.ranks.local_world)
     parallel = config.parallel
     mesh = build_mesh(session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout)
     model = Transformer(opened.shape).eval()

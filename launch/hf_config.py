@@ -6,10 +6,9 @@ file asks for beyond that is refused: a key that nobody looked at may change the
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ringattn.errors import UserError, brief
 from ringattn.launch.hf_rope import rope_from_hf, rope_to_hf
@@ -44,8 +43,10 @@ _HARMLESS = {
     "model_max_length", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
     "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder",
 }  # fmt: skip
-# Refused unless they have the value that means "as usual".
+# Refused unless null, or of the value that means "as usual".
 _NEUTRAL = {"partial_rotary_factor": 1.0, "is_causal": True}
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000  # every layer gets an entry in lists
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
@@ -61,7 +62,7 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         raise UserError(
             f"{path}", "does not exist", "name a folder with config.json and safetensors files"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}", f"cannot be read ({error})", "download it again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}", "must be a JSON object", "download it again")
@@ -76,7 +77,8 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         where: what errors name.
 
     Raises:
-        UserError: a model type, activation, scaling, layer pattern or key that is not computed.
+        UserError: a model type, activation, scaling, layer pattern or key that is not computed,
+            or a value of the wrong type or out of range.
     """
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
@@ -87,12 +89,16 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         )
     _check_unread(raw, kind, where)
     shape: dict[str, Any] = {ours: _count(raw, key, where) for key, ours in _SHAPE.items()}
+    if shape["layers"] > _MOST_LAYERS:
+        raise _wrong(where, "num_hidden_layers", shape["layers"], f"must be <= {_MOST_LAYERS}")
     kv_heads = raw.get("num_key_value_heads")
-    head_dim = raw.get("head_dim") or (128 if kind == "qwen3" and "head_dim" not in raw else None)
+    head_dim = 128 if kind == "qwen3" and "head_dim" not in raw else None
+    if raw.get("head_dim") is not None:
+        head_dim = _count(raw, "head_dim", where)
     window, full_every = _windows(raw, kind, shape["layers"], where)
     theta, scaling = rope_from_hf(raw, shape["max_seq_len"], where)
     eps = raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, int | float) or not 0 <= eps < 1:
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < 1:
         raise _wrong(where, "rms_norm_eps", eps, "must be a small positive number")
     if shape["dim"] % shape["heads"] and head_dim is None:
         raise _wrong(where, "hidden_size", shape["dim"], "must be a multiple of the head count")
@@ -103,7 +109,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         norm_eps=float(eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=_flag(raw, "tie_word_embeddings", where),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         window=window,
@@ -183,7 +189,9 @@ def _check_unread(raw: Mapping[str, Any], kind: str, where: str) -> None:
     if architectures != [_ARCHITECTURES[kind]]:
         raise _wrong(where, "architectures", architectures, f"must be [{_ARCHITECTURES[kind]}]")
     for key, value in raw.items():
-        if key in _READ or key in _HARMLESS or not value or value == _NEUTRAL.get(key):
+        if key in _READ or key in _HARMLESS or value is None:
+            continue
+        if value == _NEUTRAL[key] if key in _NEUTRAL else not value:
             continue
         raise _wrong(where, key, value, "is not computed by this model")
 
@@ -195,14 +203,17 @@ def _windows(raw: Mapping[str, Any], kind: str, layers: int, where: str) -> tupl
             raise _wrong(where, "sliding_window", raw.get("sliding_window"), "is no key of llama")
         return None, 0
     window = raw.get("sliding_window", 4096)
-    if kind.startswith("qwen") and not raw.get("use_sliding_window", False):
+    if kind.startswith("qwen") and not _flag(raw, "use_sliding_window", where):
         window = None
     types = raw.get("layer_types")
     if kind == "mistral" or types is None:
-        first = raw.get("max_window_layers", 28) if kind.startswith("qwen") else 0
-        types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-        if window is None:
-            types = ["full_attention"] * layers
+        first = layers if window is None else 0
+        if window is not None and kind.startswith("qwen"):
+            first = raw.get("max_window_layers", 28)
+            if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+                raise _wrong(where, "max_window_layers", first, "must be a number of layers")
+            first = min(first, layers)
+        types = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     if not isinstance(types, list) or len(types) != layers:
         raise _wrong(where, "layer_types", types, f"must name {layers} layers")
     unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
@@ -211,7 +222,7 @@ def _windows(raw: Mapping[str, Any], kind: str, layers: int, where: str) -> tupl
     full = [t == "full_attention" for t in types]
     if all(full):
         return None, 0
-    if not isinstance(window, int) or window < 1:
+    if not _is_count(window):
         raise _wrong(where, "sliding_window", window, "must be a positive number of tokens")
     every = full.index(True) + 1 if any(full) else 0
     if full != [bool(every) and (layer + 1) % every == 0 for layer in range(layers)]:
@@ -224,13 +235,22 @@ def _windows(raw: Mapping[str, Any], kind: str, layers: int, where: str) -> tupl
 
 def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _wrong(where, key, value, "must be a positive integer")
+    if not _is_count(value):
+        raise _wrong(where, key, value, "must be a positive integer of 31 bits")
     return value
 
 
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key)
+    if not (value is None or isinstance(value, bool)):
+        raise _wrong(where, key, value, "must be true or false")
+    return bool(value)
+
+
 def _wrong(where: str, key: str, value: object, rule: str) -> UserError:
-    shown = value if isinstance(value, int | float) and math.isfinite(value) else brief(value)
-    return UserError(
-        f"{where}: {key}={shown}", rule, "use another checkpoint, or train it through ringattn.hf"
-    )
+    fix = "use another checkpoint, or train it through ringattn.hf"
+    return UserError(f"{where}: {key}={brief(value)}", rule, fix)

@@ -2,8 +2,9 @@
 `rope_theta` and `rope_scaling` (before)."""
 
 import math
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ringattn.errors import UserError, brief
 from ringattn.launch.model_config import ModelConfig, RopeScaling
@@ -35,38 +36,43 @@ def rope_from_hf(
         where: what errors name.
 
     Raises:
-        UserError: a scaling that is not computed, or one that is described in part.
+        UserError: a scaling that is not computed, one that is described in part, or a value of
+            the wrong type or out of range.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise _wrong(where, "rope_parameters", rope, "must be an object")
+    rope: Mapping[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = raw.get(name)
+        if not (given is None or isinstance(given, Mapping)):
+            raise _wrong(where, name, given, "must be an object")
+        rope = given or rope
     theta = rope.get("rope_theta", raw.get("rope_theta", _DEFAULT_THETA))
     if not _is_positive(theta):
         raise _wrong(where, "rope_theta", theta, "must be positive")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise _wrong(where, "rope_type", kind, "is not computed by this model")
     for key, value in rope.items():
         if key not in _KEYS[kind] | _ANYWHERE and value is not None:
             raise _wrong(where, key, value, f"is no key of {kind} scaling")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise _wrong(where, "partial_rotary_factor", rope["partial_rotary_factor"], "must be 1")
     if kind == "default":
         return float(theta), None
-    outer = raw.get("original_max_position_embeddings")
-    original = outer or rope.get("original_max_position_embeddings") or max_seq_len
+    original = _original(raw, rope, max_seq_len, where)
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
         factor = max_seq_len / original
+    if not _is_positive(factor):
+        raise _wrong(where, "factor", factor, "must be a positive number")
     values: dict[str, Any] = {"factor": factor}
     if kind == "llama3":
         values |= {key: rope.get(key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
-        values |= _yarn(rope, where)
+        values |= _yarn(rope, factor, where)
     for key, value in values.items():
         if not (_is_positive(value) or (key == "attention_factor" and value is None)):
             raise _wrong(where, key, value, "must be a positive number")
-    return float(theta), RopeScaling(kind=kind, original_max_seq_len=int(original), **values)
+    return float(theta), RopeScaling(kind=kind, original_max_seq_len=original, **values)
 
 
 def rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -94,23 +100,39 @@ def rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
-def _yarn(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if rope.get("truncate") is False:
-        raise _wrong(where, "truncate", False, "is not computed by this model")
+def _original(raw: Mapping[str, Any], rope: Mapping[str, Any], max_seq_len: int, where: str) -> int:
+    """The context before scaling."""
+    key = "original_max_position_embeddings"
+    named = (source.get(key) for source in (raw, rope))
+    original = next((value for value in named if value is not None), max_seq_len)
+    if not _is_positive(original) or original != int(original):
+        raise _wrong(where, key, original, "must be a positive number of tokens")
+    return int(original)
+
+
+def _yarn(rope: Mapping[str, Any], factor: float, where: str) -> dict[str, Any]:
+    if rope.get("truncate", True) is not True:
+        raise _wrong(where, "truncate", rope["truncate"], "is not computed by this model")
+    scales = [rope.get(key) or 0 for key in ("mscale", "mscale_all_dim")]
+    for key, scale in zip(("mscale", "mscale_all_dim"), scales, strict=True):
+        if not (scale == 0 or _is_positive(scale)):
+            raise _wrong(where, key, scale, "must be a number of at least 0")
     attention = rope.get("attention_factor")
-    scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    if attention is None and scale and scale_all:
-        stretch = math.log(rope.get("factor") or 1.0)
-        attention = (0.1 * scale * stretch + 1) / (0.1 * scale_all * stretch + 1)
+    if attention is None and all(scales):
+        # A factor below 1 does not stretch.
+        stretch = 0.1 * max(math.log(factor), 0.0)
+        attention = (stretch * scales[0] + 1) / (stretch * scales[1] + 1)
+    betas = {"beta_fast": 32.0, "beta_slow": 1.0}
     return {
-        "beta_fast": rope.get("beta_fast") or 32.0,
-        "beta_slow": rope.get("beta_slow") or 1.0,
+        **{key: usual if rope.get(key) is None else rope[key] for key, usual in betas.items()},
         "attention_factor": attention,
     }
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_positive(value: object) -> TypeGuard[int | float]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max  # an integer can exceed every float
 
 
 def _wrong(where: str, key: str, value: object, rule: str) -> UserError:

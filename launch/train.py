@@ -76,8 +76,8 @@ def check_before_start(config: Config) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.run.device == "auto" and 0 < gpus < config.world:
         print(
-            f"{gpus} GPU(s) for {config.world} ranks: training on the CPU "
-            f"(every rank needs its own; parallel.cp=1 parallel.dp=1 would use a GPU)",
+            f"{gpus} GPU(s) for {config.world} ranks: ranks share them and communicate through "
+            f"the host, which is slow (dp × cp = {gpus} ranks would have one each)",
             file=sys.stderr,
             flush=True,
         )

@@ -172,22 +172,34 @@ class Attached:
         """Sums the model's gradients over the group, in place. Every rank calls it.
 
         For models that nothing else shards or replicates; FSDP and DDP do it by themselves. A
-        parameter without a gradient on this rank counts as 0.
+        parameter without a gradient on this rank counts as 0 where another rank has one, and keeps
+        None where no rank has, as on one device. 16-bit gradients are summed in float32 and
+        rounded once.
         """
         self.cp.require_ranks("sum_gradients")
         grads: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grads.setdefault((parameter.dtype, parameter.device), []).append(parameter.grad)
-        for same in grads.values():
-            for bucket in _buckets(same):
-                flat = torch.cat([grad.flatten() for grad in bucket])
+        for parameter in self._parameters_with_gradients():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            grads.setdefault((dtype, parameter.device), []).append(parameter.grad)
+        for (dtype, _), same in grads.items():
+            for bucket in _buckets(same, dtype):
+                flat = torch.cat([grad.flatten().to(dtype) for grad in bucket])
                 dist.all_reduce(flat, group=self.cp.group)
                 parts = flat.split([grad.numel() for grad in bucket])
                 for grad, part in zip(bucket, parts, strict=True):
                     grad.copy_(part.view_as(grad))
+
+    def _parameters_with_gradients(self) -> list[nn.Parameter]:
+        """Those that have a gradient on any rank; the same on every rank, by one all-reduce."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            return []
+        mine = [int(p.grad is not None) for p in trained]
+        flags = torch.tensor(mine, dtype=torch.int32, device=trained[0].device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cp.group)
+        return [p for p, flag in zip(trained, flags.tolist(), strict=True) if flag]
 
 
 class CausalLoss(nn.Module):
@@ -245,14 +257,15 @@ def loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return total / counted
 
 
-def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Consecutive tensors of about `_BUCKET_BYTES` each."""
+def _buckets(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """Consecutive tensors of about `_BUCKET_BYTES` each, counted in `dtype`."""
     buckets: list[list[torch.Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if size and size + tensor.nbytes > _BUCKET_BYTES:
+        nbytes = tensor.numel() * dtype.itemsize
+        if size and size + nbytes > _BUCKET_BYTES:
             buckets.append([])
             size = 0
         buckets[-1].append(tensor)
-        size += tensor.nbytes
+        size += nbytes
     return buckets

@@ -36,13 +36,13 @@ def find_documents(
     """(document lengths, positions (B, S)) from whichever of the two is given."""
     batch, seq_len = input_ids.shape
     if positions is not None:
-        positions = positions.to(input_ids.device).expand(batch, -1)
-        if positions.shape != input_ids.shape:
+        if tuple(positions.shape) not in ((seq_len,), (1, seq_len), (batch, seq_len)):
             raise UserError(
-                f"position_ids of {positions.shape[1]} tokens",
-                f"must be for {seq_len} tokens",
+                f"position_ids of shape {list(positions.shape)}",
+                f"must be (S,), (1, S) or (B, S) for {batch} rows of {seq_len} tokens",
                 "pass the positions of the whole sequence",
             )
+        positions = positions.to(input_ids.device).expand(batch, -1)
     if lengths is None:
         starts = torch.zeros(1, dtype=torch.int64)
         if positions is not None:

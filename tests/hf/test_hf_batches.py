@@ -204,6 +204,8 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "documents too short": ({"document_lengths": [4, 5]}, "sum to 48"),
     "no document": ({"document_lengths": [48, 0]}, "positive"),
     "positions of others": ({"position_ids": torch.arange(12)}, "48 tokens"),
+    "positions of three axes": ({"position_ids": IDS.expand(3, 1, 48)}, r"\[3, 1, 48\]"),
+    "positions of other rows": ({"position_ids": IDS.expand(2, 48)}, "1 rows of 48"),
     "a rank without tokens": ({"input_ids": IDS[:, :1]}, "without tokens"),
 }
 

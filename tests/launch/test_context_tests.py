@@ -233,4 +233,17 @@ def test_refusals(run: Path, changes: dict[str, Any], message: str, tmp_path: Pa
             changes = changes | {key: str(run / changes[key])}
     config = load_config(run / "run" / "config.yaml")
     with pytest.raises(UserError, match=message):
-        _open(request_of(run, tmp_path, **changes), config)
+        _open(request_of(run, tmp_path, **changes), config, 1)
+
+
+def test_each_host_needs_gpus_for_its_own_ranks(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    overrides = ["run.device=cuda", "parallel.cp=4", "attention.kernel=torch_flash"]
+    config = load_config(run / "run" / "config.yaml", overrides)
+    request = request_of(run, tmp_path)
+    assert _open(request, config, local_world=2).lengths == LENGTHS
+    with pytest.raises(UserError, match="4 ranks, 2 GPUs on this host"):
+        _open(request, config, local_world=4)

@@ -24,11 +24,6 @@ from ringattn.launch.model_config import ModelConfig, RopeScaling, model_config
 from ringattn.launch.rope import rope_frequencies
 from tests.launch.hf_checkpoints import (
     FAMILIES,
-    FULL,
-    LLAMA3,
-    SHAPE,
-    WINDOW,
-    YARN,
     build,
     logits_of,
     save,
@@ -220,68 +215,6 @@ def test_digests_tell_weights_apart(tmp_path: Path) -> None:
         model.model.norm.weight += 1
     save(model, folder)
     assert HFWeights(folder, cfg).digest() != before
-
-
-BASE = {"model_type": "llama", **SHAPE, "hidden_act": "silu"}
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "gpt2"}, "model_type='gpt2'"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    "attention dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    "attention bias": ({"attention_bias": True}, "attention_bias"),
-    "MLP bias": ({"mlp_bias": True}, "mlp_bias"),
-    "interleaved rotation": ({"rope_interleaved": True}, "rope_interleaved"),
-    "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "a key of tomorrow": ({"attention_twist": 3}, "attention_twist=3"),
-    "a classifier": ({"architectures": ["LlamaForTokenClassification"]}, "architectures"),
-    "no width": ({"hidden_size": None}, "hidden_size=None"),
-    "dynamic scaling": (
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"
-    ),
-    "longrope": ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
-    "half a scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq"),
-    "untruncated YaRN": ({"rope_parameters": {**YARN, "truncate": False}}, "truncate"),
-    "a scaling key": ({"rope_parameters": {**LLAMA3, "mscale": 2.0}}, "mscale"),
-    "theta per layer": ({"rope_parameters": {"full_attention": LLAMA3}}, "full_attention"),
-    "windows of Llama": ({"sliding_window": 4}, "sliding_window"),
-    "windows above a layer": (
-        {
-            "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
-            "max_window_layers": 2,
-        },
-        "FFWW",
-    ),
-    "chunks": (
-        {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "chunked_attention"
-    ),
-    "layers too few": ({"model_type": "qwen3", "layer_types": [FULL]}, "must name 4 layers"),
-    "a window of none": (
-        {
-            "model_type": "qwen3", "layer_types": [WINDOW] * 4, "use_sliding_window": True,
-            "sliding_window": 0,
-        },
-        "sliding_window=0",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_configs(case: str) -> None:
-    values, words = REFUSED[case]
-    with pytest.raises(UserError) as caught:
-        config_from_hf({**BASE, **values})
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_configs_of_transformers_4() -> None:
-    old = {**BASE, "rope_theta": 5e5, "rope_scaling": dict(LLAMA3)}
-    del old["rope_scaling"]["rope_theta"]
-    new = {**BASE, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
-    assert config_from_hf(old) == config_from_hf(new)
-    assert config_from_hf(BASE).rope_theta == 1e4
-    assert config_from_hf({**BASE, "model_type": "mistral"}).window == 4096
-    assert config_from_hf({**BASE, "model_type": "qwen3"}).head_dim == 128
 
 
 def test_ntk_scaling_is_a_larger_base() -> None:
