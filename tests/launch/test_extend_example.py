@@ -37,7 +37,7 @@ def test_both_configurations_are_of_one_model(example: ModuleType) -> None:
     assert replace(resolve_model(second, 257), rope_scaling=None) == resolve_model(first, 257)
     assert second.checkpoint.weights == first.run.dir
     assert first.data.longest == 2048
-    assert second.data.longest == 16384
+    assert second.data.seq_len == 16384
 
 
 def test_it_runs(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,20 +36,20 @@ CORPORA = {
         "--tokens",
         "2000000",
         "--shortest",
-        "4096",
+        "6144",
         "--longest",
-        "16384",
+        "24576",
         "--every",
         "48",
     ],
-    "long": ["--tokens", "3000000", "--shortest", "4096", "--longest", "16384", "--every", "3000"],
+    "long": ["--tokens", "3000000", "--shortest", "6144", "--longest", "24576", "--every", "4000"],
 }
 LENGTHS = "1024,2048,4096,8192,16384"
-SCALED = ["model.rope_scaling=yarn", "model.rope_factor=8", "model.rope_original_seq_len=2048"]
+SCALED = ["model.rope_scaling=yarn", "model.rope_factor=16", "model.rope_original_seq_len=2048"]
 TESTS = {
     "pretrained": ("trained at 2K", "pretrained", []),
-    "scaled": ("YaRN × 8, not trained further", "pretrained", SCALED),
-    "extended": ("YaRN × 8, extended to 16K", "extended", []),
+    "scaled": ("YaRN × 16, not trained further", "pretrained", SCALED),
+    "extended": ("YaRN × 16, extended to 16K", "extended", []),
 }
 
 
