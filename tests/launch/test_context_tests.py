@@ -241,7 +241,7 @@ def test_each_host_needs_gpus_for_its_own_ranks(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    overrides = ["run.device=cuda", "parallel.cp=4", "attention.kernel=torch_flash"]
+    overrides = ["run.device=cuda", "parallel.cp=4", "attention.kernel=matmul"]
     config = load_config(run / "run" / "config.yaml", overrides)
     request = request_of(run, tmp_path)
     assert _open(request, config, local_world=2).lengths == LENGTHS
