@@ -120,7 +120,7 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
             if accelerator.device_name() != device.type:
                 accelerator = _accelerator(device.type)
                 set_accelerator(accelerator)
-            # On a CPU it would compile collectives over shared memory when first used, for a minute.
+            # On a CPU it would compile collectives over shared memory when first used.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             # A group of its own would wait half an hour for a missing rank, whatever the run says.
             groups._WORLD_GROUP = group

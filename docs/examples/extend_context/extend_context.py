@@ -27,21 +27,13 @@ NEEDLE = [
     "--statement", "\n@{key}={value}\n", "--question", "\n?{key}={value}", "--keys", "K",
     "--key-length", "1", "--values", VALUES, "--value-length", "1",
 ]  # fmt: skip
+OFTEN = ["--every", "48"]
 CORPORA = {
     "near": ["--tokens", "1500000", "--shortest", "20", "--longest", "40", "--every", "3"],
     # Many questions for one statement: they teach most of it.
     "many": ["--tokens", "2500000", "--shortest", "48", "--longest", "2048", "--every", "24"],
     "far": ["--tokens", "4000000", "--shortest", "1024", "--longest", "2048", "--every", "600"],
-    "many_long": [
-        "--tokens",
-        "2000000",
-        "--shortest",
-        "6144",
-        "--longest",
-        "24576",
-        "--every",
-        "48",
-    ],
+    "many_long": ["--tokens", "2000000", "--shortest", "6144", "--longest", "24576", *OFTEN],
     "long": ["--tokens", "3000000", "--shortest", "6144", "--longest", "24576", "--every", "4000"],
 }
 LENGTHS = "1024,2048,4096,8192,16384"
