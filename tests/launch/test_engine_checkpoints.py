@@ -115,12 +115,17 @@ def test_all_write_the_same(saved: Any) -> None:
                 torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-6)
 
 
+def _fill_with_ones(found: dict[str, torch.Tensor]) -> None:
+    for tensor in found.values():
+        tensor.fill_(1.0)
+
+
 def _checked_start(checkpoint: Path) -> Any:
     """Loading into engines whose optimizers hold something; what they hold then is checked."""
     restore = Trainer._restore
 
     def checked(self: Trainer) -> tuple[int, int]:
-        self.engine.load(lambda found: [t.fill_(1.0) for t in found.values()])
+        self.engine.load(_fill_with_ones)
         result = restore(self)
         expected = stored_tensors(checkpoint)
         for name, tensor in self.engine.tensors().items():

@@ -185,7 +185,7 @@ def test_sampled_settings(
     request: pytest.FixtureRequest,
 ) -> None:
     """Up to two ranks compile in earnest, more only trace."""
-    seed = request.config.getoption("--seed")
+    seed = int(request.config.getoption("--seed") or 0)
 
     def check(case: Case) -> dict[str, float]:
         run = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
