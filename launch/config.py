@@ -19,12 +19,15 @@ class RunConfig:
             share its GPUs, with messages staged through host memory: slow, for tests; "auto" takes
             the first of "cuda", "cuda_shared" and "cpu" that the host can run.
         timeout_s: seconds a collective waits for another rank before the run fails.
+        interface: network interface that ranks of several hosts talk over, such as eth0 or ib0; null
+            takes the one that leads to MASTER_ADDR.
     """
 
     dir: str = "runs/default"
     name: str = ""
     device: Literal["auto", "cpu", "cuda", "cuda_shared"] = "auto"
     timeout_s: float = 600.0
+    interface: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,9 @@ class ParallelConfig:
             "parameters" keeps sharded parameters there too (fsdp, deepspeed with zero_stage 3).
         min_cp: packs may run on fewer ranks, down to so many, where that is predicted to be faster
             (needs attention.cluster); null runs every pack on cp ranks.
+        elastic: under a launcher with another number of ranks than dp × cp, as after the loss of a
+            node, dp, cp and train.accumulate follow it, so that a step reads the same packs.
+        ranks_per_node: consecutive ranks that share a node's fast links; null asks the launcher.
     """
 
     cp: int = 1
@@ -129,6 +135,8 @@ class ParallelConfig:
     reshard: bool = True
     offload: Literal["none", "optimizer", "parameters"] = "none"
     min_cp: int | None = None
+    elastic: bool = False
+    ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +250,44 @@ class CheckpointConfig:
             resume takes the model's weights from it, and nothing else: step 0, a new optimizer, any
             data, sequence length and RoPE scaling.
         keep: newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints of steps that it divides are kept for good; 0 for none.
+        background: training goes on while a checkpoint is written.
+        on_error: when a checkpoint cannot be written, as on a full disk: "stop", or "continue" with
+            a warning and try again at the next one.
     """
 
     every: int = 0
     resume: str = "auto"
     weights: str | None = None
     keep: int = 3
+    keep_every: int = 0
+    background: bool = True
+    on_error: Literal["stop", "continue"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What to do about steps that go wrong. Ranks decide together.
+
+    Attributes:
+        on_nonfinite: a step's loss or gradient norm is NaN or infinite: "stop"; "skip" its update;
+            "rollback" to the newest checkpoint and go on with the data after that step.
+        on_spike: likewise when the loss exceeds spike_factor times its mean over the last
+            spike_window steps; "ignore" looks for none.
+        on_data_error: records that cannot be read: "stop", or "skip" their step.
+        max_in_a_row: so many skipped or rolled-back steps without a good one between stop the run.
+        straggler_factor: a rank is named when its own work takes so many times the median of all
+            ranks, straggler_steps steps in a row; 0 looks for none.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    spike_factor: float = 2.0
+    spike_window: int = 50
+    on_data_error: Literal["stop", "skip"] = "stop"
+    max_in_a_row: int = 5
+    straggler_factor: float = 1.5
+    straggler_steps: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +303,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     @property
     def world(self) -> int:

@@ -42,6 +42,13 @@ _AT_LEAST: dict[str, float] = {
     "train.log_every": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_every": 0,
+    "parallel.ranks_per_node": 1,
+    "faults.spike_factor": 1,
+    "faults.spike_window": 2,
+    "faults.max_in_a_row": 1,
+    "faults.straggler_factor": 0,
+    "faults.straggler_steps": 1,
 }
 _MORE_THAN_ZERO = ("run.timeout_s", "train.lr")
 _LARGEST = 2.0**62
