@@ -45,9 +45,15 @@ class Engine(Protocol):
     def step(self, rate: float) -> torch.Tensor:
         """Sums gradients over all ranks, clips, updates with the learning rate, clears.
 
+        Without an update where the norm is not finite: weights and optimizer stay as they are.
+
         Returns:
-            The global L2 gradient norm before clipping, a scalar tensor.
+            The global L2 gradient norm before clipping, a scalar tensor; the same on every rank.
         """
+        ...
+
+    def discard(self) -> None:
+        """Clears gradients without an update, in place of `step`, after the last `backward`."""
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:

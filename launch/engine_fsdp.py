@@ -67,10 +67,15 @@ class FsdpEngine:
     def step(self, rate: float) -> torch.Tensor:
         """See `Engine.step`."""
         norm = clip_shards(self._shards.values(), self._group, self._clip_norm)
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.step()
+        if norm.isfinite():
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
+
+    def discard(self) -> None:
+        """See `Engine.discard`. No communication."""
+        self._optimizer.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: the engine's own shards. No communication."""

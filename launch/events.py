@@ -10,10 +10,12 @@ from typing import Any, Literal
 EVENTS_FILE = "events.jsonl"
 
 EventKind = Literal[
-    "skip",
-    "rollback",
+    "nonfinite",
     "spike",
     "data error",
+    "skip",
+    "rollback",
+    "stop",
     "straggler",
     "failed save",
     "preemption",

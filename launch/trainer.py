@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import UserError
 from ringattn.launch.checkpoint import (
     FORMAT_VERSION,
     CheckpointState,
@@ -23,8 +22,10 @@ from ringattn.launch.data_loader import StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
+from ringattn.launch.events import EventLog
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
+from ringattn.launch.guard import Guard, Verdict
 from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
@@ -67,6 +68,7 @@ class Trainer:
         except BaseException:
             self.engine.close()
             raise
+        self.guard = Guard(self.config.faults)
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)
@@ -137,17 +139,18 @@ class Trainer:
             sums[0] += loss.detach()
             areas += torch.tensor(own_areas(micro), dtype=torch.float64)
         sums[1:] = areas
-        rate = learning_rate(self.config.train, batch.step)
-        norm = self.engine.step(rate)
         dist.all_reduce(sums, group=self.mesh.world)
         loss_sum, *area = sums.tolist()
-        if not math.isfinite(loss_sum):
-            # Every rank sees the same sum. Nothing is saved after this step.
-            raise UserError(
-                f"loss={loss_sum}",
-                f"step {batch.step + 1} must have a finite loss",
-                "lower train.lr and resume from the last checkpoint",
-            )
+        loss, norm = loss_sum / valid, math.nan
+        rate = learning_rate(self.config.train, batch.step)
+        # Every rank sees the same sum and norm, and judges alike.
+        verdict = self.guard.judge(batch.step + 1, loss)
+        if verdict.good:
+            norm = float(self.engine.step(rate))
+            verdict = self.guard.judge(batch.step + 1, loss, norm)
+        else:
+            self.engine.discard()
+        self._settle(verdict, batch.step + 1, loss)
         step_s = time.perf_counter() - began
         tokens = self.batches.tokens(batch.step)
         mfu = None
@@ -156,15 +159,23 @@ class Trainer:
             mfu = flops / (step_s * self._peak * self.config.world)
         return StepMetrics(
             step=batch.step + 1,
-            loss=loss_sum / valid,
+            loss=loss,
             tokens=tokens,
             step_s=step_s,
             tokens_per_s=tokens / step_s,
-            grad_norm=float(norm),
+            grad_norm=norm,
             lr=rate,
             mfu=mfu,
             degrees=self.degrees and [micro.plan[0].world for micro in batch.micro],
+            fault=verdict.fault,
         )
+
+    def _settle(self, verdict: Verdict, step: int, loss: float) -> None:
+        """Writes down a bad step; raises what ends the run or rolls it back."""
+        log = EventLog(self.run_dir) if self.session.is_main else None
+        line = self.guard.settle(verdict, step, loss, self.batches.position(step), log)
+        if line is not None and self._progress is not None:
+            self._progress.note(line)
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""

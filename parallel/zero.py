@@ -176,6 +176,20 @@ def open_zero(
     )[0]
 
 
+def guard_updates(optimizer: torch.optim.Optimizer, allowed: Callable[[], bool]) -> None:
+    """Makes ``optimizer.step`` do nothing when `allowed` says no, which it is asked each time.
+
+    The engine around it then writes back the weights that it has, and clears gradients as ever.
+    """
+    update = optimizer.step
+
+    def step(closure: Any = None) -> Any:
+        return update(closure) if allowed() else None
+
+    # On the instance: DeepSpeed takes only optimizers of the classes that it knows.
+    vars(optimizer)["step"] = step
+
+
 def _accelerator(device_type: str) -> Any:
     if device_type == "cuda":
         from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator as Accelerator

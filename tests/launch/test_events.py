@@ -17,7 +17,8 @@ def test_a_line_holds_what_happened(tmp_path: Path) -> None:
     assert log.write("straggler", 4, "slow", rank=1, host="node-2")
     first, second = read_lines(tmp_path / EVENTS_FILE)
     assert (first["step"], first["event"], first["rank"]) == (3, "skip", None)
-    assert first["message"] == "step 3: loss is nan" and first["host"]
+    assert first["message"] == "step 3: loss is nan"
+    assert first["host"]
     assert datetime.fromisoformat(first["time"]).utcoffset() is not None
     assert (second["rank"], second["host"]) == (1, "node-2")
 
