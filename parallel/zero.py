@@ -73,7 +73,9 @@ class ZeroOptions:
             "gradient_accumulation_steps": self.accumulate,
             "gradient_clipping": self.clip_norm,
             "steps_per_print": None,
-            "bf16": {"enabled": self.bf16},
+            # Where DeepSpeed skips an update itself, gradients offloaded in stages 1 and 2 stay in
+            # its buffers and spoil the next step; `guard_updates` needs no such check.
+            "bf16": {"enabled": self.bf16, "check_grad_overflow": False},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             # Updates in host memory are PyTorch's own: DeepSpeed's need a compiler at run time.
