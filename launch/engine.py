@@ -56,6 +56,13 @@ class Engine(Protocol):
         """Clears gradients without an update, in place of `step`, after the last `backward`."""
         ...
 
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Has `before` and `after` called around what a forward waits for from other ranks.
+
+        Other than attention: that is the caller's. Called once, before the first forward.
+        """
+        ...
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by name: float32, plain or sharded (`DTensor`) tensors.
 

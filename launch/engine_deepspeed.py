@@ -12,6 +12,7 @@ from ringattn.launch.model import Fill, Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import MOMENTS, add_states, bare_optimizer, set_learning_rate
 from ringattn.launch.parallelize import parallelize
+from ringattn.parallel.gathers import hook_around_gathers
 from ringattn.parallel.mesh import TrainMesh
 from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
 from ringattn.parallel.zero import (
@@ -121,6 +122,14 @@ class DeepSpeedEngine:
 
     def _may_update(self) -> bool:
         return not self._discarding and bool(self._norm().isfinite())
+
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """See `Engine.around_waits`: stage 3 gathers parameters before a module's forward."""
+        if not self._holds_model:
+            inside = {m for layer in self._model.model.layers for m in layer.modules()}
+            inside -= set(self._model.model.layers)
+            outside = [m for m in self._model.modules() if m not in inside]
+            hook_around_gathers(outside, before, after)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: copies in host memory, of which each rank keeps its rows."""

@@ -70,6 +70,9 @@ class ReplicatedEngine:
         """See `Engine.discard`. No communication."""
         self._buckets.zero()
 
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """See `Engine.around_waits`: there is nothing to wait for."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: the engine's own tensors. No communication."""
         parameters = dict(self._model.named_parameters())

@@ -22,10 +22,8 @@ from ringattn.launch.data_loader import StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
-from ringattn.launch.events import EventLog
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
-from ringattn.launch.guard import Guard, Verdict
 from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
@@ -34,6 +32,8 @@ from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
+from ringattn.launch.step_faults import StepFaults
+from ringattn.launch.straggler import OwnWork, slowest
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
@@ -68,7 +68,9 @@ class Trainer:
         except BaseException:
             self.engine.close()
             raise
-        self.guard = Guard(self.config.faults)
+        self._own_work = OwnWork(session.device)
+        self.engine.around_waits(self._own_work.pause, self._own_work.resume)
+        self.faults = StepFaults(self.config, self.mesh.world, self.mesh.rank, self._note)
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)
@@ -100,6 +102,7 @@ class Trainer:
             self.job.shape.windows,
             self.degrees and self.degrees.deal,
             self.config.memory.recomputed,
+            keep_errors=self.config.faults.on_data_error == "skip",
         )
         last_eval = None
         try:
@@ -125,40 +128,49 @@ class Trainer:
     def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
         tokens, never averaged per rank: ranks hold different numbers of counted tokens."""
+        if self.faults.unread_by_any(batch.error):
+            return self._leave_out(batch, began)
         valid = max(batch.valid_tokens, 1)
-        # Loss sum of this rank, and each layer's mask area, which counts once per pack.
-        layers = self.job.shape.layers
-        sums = torch.zeros(1 + layers, dtype=torch.float64, device=self.session.device)
+        # Loss sum of this rank, each layer's mask area, which counts once per pack, and seconds of
+        # own work, in a place for each rank.
+        layers, world = self.job.shape.layers, self.mesh.world.size()
+        sums = torch.zeros(1 + layers + world, dtype=torch.float64, device=self.session.device)
         areas = torch.zeros(layers, dtype=torch.float64)
         for index, micro in enumerate(batch.micro):
-            share = take_share(micro, self.session.device)
-            loss = self.engine.loss_sum(
-                share.tokens_BT, share.labels_BT, share.positions_T, share.attend
-            )
+            with self._own_work.forward():
+                share = self._own_work.timed(take_share(micro, self.session.device))
+                loss = self.engine.loss_sum(
+                    share.tokens_BT, share.labels_BT, share.positions_T, share.attend
+                )
             self.engine.backward(loss / valid, last=index == len(batch.micro) - 1)
             sums[0] += loss.detach()
             areas += torch.tensor(own_areas(micro), dtype=torch.float64)
-        sums[1:] = areas
+        sums[1 : 1 + layers] = areas
+        sums[1 + layers + self.mesh.rank] = self._own_work.take()
         dist.all_reduce(sums, group=self.mesh.world)
-        loss_sum, *area = sums.tolist()
+        loss_sum, *others = sums.tolist()
+        area, seconds = others[:layers], others[layers:]
         loss, norm = loss_sum / valid, math.nan
         rate = learning_rate(self.config.train, batch.step)
         # Every rank sees the same sum and norm, and judges alike.
-        verdict = self.guard.judge(batch.step + 1, loss)
+        step = batch.step + 1
+        verdict = self.faults.guard.judge(step, loss)
         if verdict.good:
             norm = float(self.engine.step(rate))
-            verdict = self.guard.judge(batch.step + 1, loss, norm)
+            verdict = self.faults.guard.judge(step, loss, norm)
         else:
             self.engine.discard()
-        self._settle(verdict, batch.step + 1, loss)
+        self.faults.settle(verdict, step, loss, self.batches.position(step))
+        self.faults.name_stragglers(step, seconds)
         step_s = time.perf_counter() - began
         tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
             flops = flops_per_step(self.job.shape, tokens, [int(a) for a in area])
             mfu = flops / (step_s * self._peak * self.config.world)
+        slow_rank, slow_ratio = slowest(seconds)
         return StepMetrics(
-            step=batch.step + 1,
+            step=step,
             loss=loss,
             tokens=tokens,
             step_s=step_s,
@@ -168,14 +180,29 @@ class Trainer:
             mfu=mfu,
             degrees=self.degrees and [micro.plan[0].world for micro in batch.micro],
             fault=verdict.fault,
+            slowest_rank=slow_rank,
+            slowest_ratio=slow_ratio,
         )
 
-    def _settle(self, verdict: Verdict, step: int, loss: float) -> None:
-        """Writes down a bad step; raises what ends the run or rolls it back."""
-        log = EventLog(self.run_dir) if self.session.is_main else None
-        line = self.guard.settle(verdict, step, loss, self.batches.position(step), log)
-        if line is not None and self._progress is not None:
-            self._progress.note(line)
+    def _leave_out(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
+        """A step that some rank could not read: all ranks call it in place of the step."""
+        step = batch.step + 1
+        verdict = self.faults.leave_out(step, batch.error, self.batches.position(step))
+        return StepMetrics(
+            step=step,
+            loss=math.nan,
+            tokens=0,
+            step_s=time.perf_counter() - began,
+            tokens_per_s=0.0,
+            grad_norm=math.nan,
+            lr=learning_rate(self.config.train, batch.step),
+            mfu=None,
+            fault=verdict.fault,
+        )
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""

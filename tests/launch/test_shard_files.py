@@ -14,6 +14,7 @@ from ringattn.errors import UserError
 from ringattn.launch import shard_files
 from ringattn.launch.corpus import DataError
 from ringattn.launch.data_loader import Loader
+from ringattn.launch.document_stream import DocumentStream
 from ringattn.launch.packing import Batches, PackedDataset
 from tests.launch.corpora import small_corpus, stored_documents
 
@@ -99,13 +100,17 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = small_corpus(tmp_path, shard_tokens=60)
     stored = stored_documents(folder, "heldout")
     tokens = sum(len(document) for document in stored)
-    before = len(os.listdir("/proc/self/fd"))
     dataset = PackedDataset(folder, "heldout", tokens)
     assert len(list(folder.glob("heldout-*.bin"))) > 2
     assert dataset.pack(0).tokens.tolist() == [token for d in stored for token in d]
-    assert len(os.listdir("/proc/self/fd")) == before + 2
-    del dataset
-    assert len(os.listdir("/proc/self/fd")) == before
+    stream = dataset._stream
+    assert isinstance(stream, DocumentStream)
+    files = list(stream._files._open.values())
+    assert len(files) == 2
+    del dataset, stream
+    for file in files:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
 
 
 def test_reads_in_pieces_are_whole(tmp_path: Path) -> None:
