@@ -25,9 +25,11 @@ from ringattn.launch.guard import Guard, RollBack
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.optimizer import set_learning_rate
 from ringattn.parallel.grads import GradientBuckets, exact_norm
+from tests.launch import training
 from tests.launch.engines import ENGINES, OFFLOADS
 from tests.launch.test_resume import stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
+from tests.ranks import run_ranks
 
 # The first run in a pool of ranks imports DeepSpeed.
 pytestmark = pytest.mark.timeout(300)
@@ -261,6 +263,22 @@ class OwnGradients(Faults):
         self.enter_context(mock.patch.object(ReplicatedEngine, "step", step))
         # No text can be drawn from weights that are NaN.
         self.enter_context(mock.patch.object(trainer, "write_summary"))
+
+
+def rolled_back(rank: int, world: int, group: Any, values: dict[str, Any]) -> tuple[int, int]:
+    """Step and position with which a run asks to be rolled back."""
+    with pytest.raises(RollBack) as caught:
+        training._train_on_rank(rank, world, group, values, Faults)
+    return caught.value.step, caught.value.position
+
+
+def test_every_rank_asks_for_the_same_rollback(corpus: Path, tmp_path: Path) -> None:
+    values = faulty_values(corpus, tmp_path / "run", faults__on_nonfinite="rollback")
+    assert run_ranks(2, rolled_back, values) == [(3, 3 * 160)] * 2
+    assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS_FILE)] == [1, 2]
+    assert [path.name[-1] for path in find_checkpoints(tmp_path / "run")] == ["1", "2"]
+    events = [(e["step"], e["event"]) for e in read_lines(tmp_path / "run" / EVENTS_FILE)]
+    assert events == [(3, "nonfinite"), (3, "rollback")]
 
 
 @pytest.mark.parametrize("mistake", [NothingDiscarded, OwnGradients])
