@@ -2,7 +2,8 @@
 
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
-metrics.jsonl, eval.jsonl, events.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
+metrics.jsonl, eval.jsonl, events.jsonl, tensorboard/, loss.png, summary.json, checkpoints/,
+profile/
 previous-N/                what an earlier run left, set aside by checkpoint.resume=never
 """
 
