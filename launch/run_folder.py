@@ -2,6 +2,7 @@
 
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
+run_id                     drawn when the run starts from step 0, and named by its checkpoints
 metrics.jsonl, eval.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
 previous-N/                what an earlier run left, set aside by checkpoint.resume=never
 """
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.errors import UserError
-from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.checkpoint_choice import RUN_ID_FILE, list_checkpoints
 from ringattn.launch.config_load import dump_config
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
-_STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE)
+_STATE = ("checkpoints", RUN_ID_FILE, "tensorboard", METRICS_FILE, EVAL_FILE)
 
 
 def open_run_folder(job: Job) -> Path:
@@ -38,7 +39,7 @@ def open_run_folder(job: Job) -> Path:
     folder = Path(job.config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if job.checkpoint is None and find_checkpoints(folder):
+        if job.checkpoint is None and list_checkpoints(folder):
             _set_aside(folder)
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")
         model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}

@@ -1,43 +1,33 @@
 """The training loop of one rank."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ringattn.errors import UserError
-from ringattn.launch.checkpoint import (
-    FORMAT_VERSION,
-    CheckpointState,
-    load_tensors,
-    save_checkpoint,
-)
 from ringattn.launch.data_loader import StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
+from ringattn.launch.failure import report_line
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
-from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
 from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
+from ringattn.launch.saver import Saver
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
-
-_RNG = "rng/cpu"
 
 
 class Trainer:
@@ -59,8 +49,13 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
+        self._writer: MetricsWriter | None = None
+        self._progress: ProgressLine | None = None
         staged = "cuda" if session.shared else None
         try:
+            self.saver = Saver(
+                job, self.engine, self.mesh, session.device, session.timeout, self._warn
+            )
             self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
             self.degrees = open_degrees(job, self.cp, session.timeout, staged)
             self.start, origin = self._restore()
@@ -70,13 +65,14 @@ class Trainer:
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)
-        self._writer: MetricsWriter | None = None
-        self._progress: ProgressLine | None = None
 
     def fit(self) -> None:
         """Trains to ``train.steps``, evaluating, saving and reporting as configured; once."""
         try:
             self._fit()
+        except BaseException as error:
+            self.saver.close(error)
+            raise
         finally:
             self.engine.close()
 
@@ -112,6 +108,7 @@ class Trainer:
                     began = time.perf_counter()
             if self.start == train.steps:
                 last_eval = self._evaluate(train.steps, record=False)
+            self.saver.wait(last=True)
         finally:
             for part in (self._progress, self._writer):
                 if part is not None:
@@ -201,39 +198,17 @@ class Trainer:
         return result
 
     def _save(self, step: int) -> None:
-        state = CheckpointState(
-            format_version=FORMAT_VERSION,
-            step=step,
-            position=self.batches.position(step),
-            identity=json.loads(json.dumps(self.job.identity)),
-            config=asdict(self.config),
-        )
-        # Every random draw of a run is made on the CPU from this generator, alike on all ranks.
-        tensors = {**self.engine.tensors(), _RNG: torch.get_rng_state()}
-        save_checkpoint(
-            self.run_dir,
-            tensors,
-            state,
-            is_main=self.session.is_main,
-            barrier=self.session.barrier,
-            keep=self.config.checkpoint.keep,
-        )
+        self.saver.save(step, self.batches.position(step))
 
     def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint, or the weights to start from.
+        """Steps done and tokens read; see `Saver.restore`, also for a second call."""
+        return self.saver.restore()
 
-        Returns:
-            The steps done, and the tokens read by them.
-        """
-        if self.job.checkpoint is None:
-            if self.job.weights is not None:
-                self.engine.load(partial(load_weights, self.job.weights))
-            return 0, 0
-        path, state = self.job.checkpoint
-        rng = torch.get_rng_state()
-        self.engine.load(lambda tensors: load_tensors(path, {**tensors, _RNG: rng}))
-        torch.set_rng_state(rng)
-        return state.step, state.position
+    def _warn(self, text: str) -> None:
+        """Shows a line of its own on stderr; for rank 0."""
+        if self._progress is not None:
+            self._progress.close()
+        report_line(text)
 
 
 @contextmanager
