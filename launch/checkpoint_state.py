@@ -60,7 +60,8 @@ def read_state(path: Path) -> CheckpointState:
     """
     file = path / STATE_FILE
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode()
+        raw = json.loads(text)
         version = raw["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
@@ -70,7 +71,10 @@ def read_state(path: Path) -> CheckpointState:
             )
         if raw.pop(_OWN_SUM) != _digest(raw):
             raise ValueError("its sha256 differs")
-        return _decode(raw)
+        state = _decode(raw)
+        if encode_state(state) != text:
+            raise ValueError("it is not as it was written")
+        return state
     except UserError:
         raise
     except FileNotFoundError:

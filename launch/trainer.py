@@ -27,6 +27,7 @@ from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
+from ringattn.launch.write_policy import WritePolicy
 from ringattn.parallel.mesh import build_mesh
 
 
@@ -51,6 +52,7 @@ class Trainer:
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         self._writer: MetricsWriter | None = None
         self._progress: ProgressLine | None = None
+        self._policy = WritePolicy(self.config.checkpoint.on_error, self._warn)
         staged = "cuda" if session.shared else None
         try:
             self.saver = Saver(
@@ -80,7 +82,7 @@ class Trainer:
         train = self.config.train
         if self.session.is_main:
             open_run_folder(self.job)
-            self._writer = MetricsWriter(self.run_dir, self.start)
+            self._writer = MetricsWriter(self.run_dir, self.start, self._policy)
             self._progress = ProgressLine(self.start, train.steps, train.log_every)
         self.session.barrier()
         steps = range(self.start, train.steps)
@@ -114,7 +116,7 @@ class Trainer:
                 if part is not None:
                     part.close()
         if self.session.is_main:
-            write_summary(self.job, self.engine.whole_model(), last_eval)
+            write_summary(self.job, self.engine.whole_model(), last_eval, self._policy)
         self.session.barrier()
 
     def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
