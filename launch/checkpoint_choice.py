@@ -141,11 +141,10 @@ def _choose(run_dir: Path, identity: dict[str, Any]) -> Choice:
 
 def _read(path: Path, run_id: str | None) -> CheckpointState:
     """A checkpoint's description, where it is what its name and place say."""
-    state = read_state(path)
-    if (_NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)) and state.step != step_of(
-        path
-    ):
-        raise UserError(f"checkpoint {path}", f"is foreign: holds step {state.step}", ANEW)
+    state, file = read_state(path), path / STATE_FILE
+    named = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    if named and int(named[1]) != state.step:
+        raise UserError(f"checkpoint {file}", f"is foreign: of step {state.step}", ANEW)
     if run_id is not None and state.run_id != run_id:
-        raise UserError(f"checkpoint {path}", f"is foreign: of run {state.run_id}", ANEW)
+        raise UserError(f"checkpoint {file}", f"is foreign: of run {state.run_id}", ANEW)
     return state
