@@ -15,12 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import ringattn as ra
 from ringattn.errors import UserError
 from ringattn.kernels import choose_kernel, kernel_names
-from ringattn.launch.checkpoint import (
-    CheckpointState,
-    check_identity,
-    choose_checkpoint,
-    read_state,
-)
+from ringattn.launch.checkpoint_choice import Candidate, Choice, choose_checkpoints
 from ringattn.launch.config import AttentionConfig, Config
 from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
@@ -46,7 +41,7 @@ class Job:
         shape: the model.
         train, heldout: the corpus's splits; heldout is None where the corpus holds nothing out.
         identity: what a checkpoint must share to be continued, by dotted key.
-        checkpoint: where to continue from, and what it says of itself; None to start anew.
+        choice: where it may continue from; without a candidate it starts anew.
         weights: checkpoint that a run that starts anew takes its weights from, or None.
     """
 
@@ -55,8 +50,13 @@ class Job:
     train: PackedDataset
     heldout: PackedDataset | None
     identity: dict[str, Any]
-    checkpoint: tuple[Path, CheckpointState] | None
+    choice: Choice
     weights: Path | None = None
+
+    @property
+    def checkpoint(self) -> Candidate | None:
+        """The first candidate, whose files are not verified yet; None to start anew."""
+        return next(iter(self.choice.candidates), None)
 
 
 def open_job(config: Config, local_world: int) -> Job:
@@ -83,20 +83,18 @@ def open_job(config: Config, local_world: int) -> Job:
     identity = run_identity(config, shape, metas)
     if config.model.hf is not None:
         identity["model.hf"] = f"weights {HFWeights(config.model.hf, shape).digest()[:12]}"
-    found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
-    checkpoint = None
-    if found is not None:
-        state = read_state(found)
-        check_identity(found, state, identity)
+    identity = json.loads(json.dumps(identity))
+    choice = choose_checkpoints(config.checkpoint.resume, config.run.dir, identity)
+    if choice.candidates:
+        found, state = choice.candidates[0]
         if state.step > config.train.steps:
             raise UserError(
                 f"train.steps={config.train.steps}",
                 f"checkpoint {found} is already at step {state.step}",
                 f"raise train.steps to at least {state.step}, or resume from an older one",
             )
-        checkpoint = (found, state)
     weights = None
-    if config.checkpoint.weights is not None and checkpoint is None:
+    if config.checkpoint.weights is not None and not choice.candidates:
         weights = choose_weights(config.checkpoint.weights, shape)
     return Job(
         config=config,
@@ -104,7 +102,7 @@ def open_job(config: Config, local_world: int) -> Job:
         train=train,
         heldout=heldout,
         identity=identity,
-        checkpoint=checkpoint,
+        choice=choice,
         weights=weights,
     )
 

@@ -11,11 +11,18 @@ A step is numbered by the optimizer steps done, so the first one is 1, and a che
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+
+from ringattn.errors import UserError
+from ringattn.launch.append_file import AppendFile
+from ringattn.launch.tensorboard_file import TensorBoardFile
+from ringattn.launch.write_policy import WritePolicy
 
 METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
 
@@ -87,14 +94,23 @@ class MetricsWriter:
     Args:
         run_dir: the run's folder.
         step: steps done so far.
+        policy: what a failed write means.
+
+    Raises:
+        UserError: a file cannot be made.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        # Imported here: it takes a second, and only one rank needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._files = {name: _reopen(run_dir / name, step) for name in (METRICS_FILE, EVAL_FILE)}
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    def __init__(self, run_dir: Path, step: int, policy: WritePolicy | None = None) -> None:
+        self._policy, self._board_name = policy or WritePolicy(), str(run_dir / "tensorboard")
+        try:
+            self._files = {
+                name: _reopen(run_dir / name, step) for name in (METRICS_FILE, EVAL_FILE)
+            }
+            self._board = TensorBoardFile(run_dir / "tensorboard", step)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir}", f"cannot be written ({error})", "name a writable folder"
+            ) from None
 
     def write_step(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl."""
@@ -105,19 +121,29 @@ class MetricsWriter:
         self._write(EVAL_FILE, "heldout", asdict(metrics))
 
     def close(self) -> None:
-        """Flushes and closes everything."""
-        for file in self._files.values():
+        """Closes everything."""
+        for file in (*self._files.values(), self._board):
             file.close()
-        self._board.close()
 
     def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
         file = self._files[name]
         values = {key: _finite(value) for key, value in values.items()}
-        file.write(json.dumps(values, allow_nan=False) + "\n")
-        file.flush()
-        for key, value in values.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, values["step"])
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
+        self._try(str(file.path), partial(file.append, line))
+        scalars = {
+            f"{group}/{key}": value
+            for key, value in values.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        self._try(self._board_name, partial(self._board.write, values["step"], scalars))
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._policy.failed(name, error)
+        else:
+            self._policy.worked(name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -147,10 +173,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _reopen(path: Path, step: int) -> TextIO:
+def _reopen(path: Path, step: int) -> AppendFile:
     """Opens for appending after removing lines of later steps (by replacing the file whole)."""
     kept = [entry for entry in read_lines(path) if entry["step"] <= step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     os.replace(partial, path)
-    return path.open("a", encoding="utf-8")
+    return AppendFile(path)

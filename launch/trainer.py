@@ -1,34 +1,27 @@
 """The training loop of one rank."""
 
-import json
 import math
 import time
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ringattn.launch.checkpoint import (
-    FORMAT_VERSION,
-    CheckpointState,
-    load_tensors,
-    save_checkpoint,
-)
 from ringattn.launch.control import StepControl
 from ringattn.launch.data_loader import Loader, StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
+from ringattn.launch.events import EventLog
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
-from ringattn.launch.initial_weights import load_weights
+from ringattn.launch.guard import RollBack
 from ringattn.launch.job import Job, build_context
-from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
+from ringattn.launch.metrics import EvalMetrics, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
-from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
+from ringattn.launch.run_log import RunLog
+from ringattn.launch.saver import Saver
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
 from ringattn.launch.step_faults import StepFaults
@@ -36,8 +29,6 @@ from ringattn.launch.straggler import OwnWork, slowest
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
-
-_RNG = "rng/cpu"
 
 
 class Trainer:
@@ -59,52 +50,63 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
+        self.run_dir = Path(self.config.run.dir)
+        self.log = RunLog(self.config, active=session.is_main)
         staged = "cuda" if session.shared else None
         try:
+            self.saver = Saver(
+                job, self.engine, self.mesh, session.device, session.timeout, self.log.warn
+            )
             self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
             self.degrees = open_degrees(job, self.cp, session.timeout, staged)
             contexts = [self.cp] if self.degrees is None else self.degrees.contexts.values()
             session.where.places += [context.place for context in contexts]
-            self.start, origin = self._restore()
+            self._own_work = OwnWork(session.device)
+            self.engine.around_waits(self._own_work.pause, self._own_work.resume)
+            self.faults = StepFaults(self.config, self.mesh.world, self.mesh.rank, self.log.note)
+            found = self.saver.restore()
         except BaseException:
             self.engine.close()
             raise
-        self._saved = self.start  # the newest step whose state is stored
-        self._own_work = OwnWork(session.device)
-        self.engine.around_waits(self._own_work.pause, self._own_work.resume)
-        self.faults = StepFaults(self.config, self.mesh.world, self.mesh.rank, self._note)
-        self.batches = step_batches(self.config, self.start, origin)
-        self.run_dir = Path(self.config.run.dir)
+        self.start = self._saved = found.step  # steps done; the newest that is stored
+        self.faults.guard.restore(found.guard)
+        self.batches = step_batches(self.config, found.step, found.position)
         self._peak = peak_flops(session.device)
-        self._writer: MetricsWriter | None = None
-        self._progress: ProgressLine | None = None
 
     def fit(self) -> None:
-        """Trains to ``train.steps``, evaluating, saving and reporting as configured; once."""
+        """Trains to ``train.steps``, evaluating, saving and reporting as configured; once.
+
+        Ends earlier, in order and with everything saved, when a scheduler asks for it.
+        """
         try:
             self._fit()
+        except BaseException as error:
+            self.saver.close(error)
+            raise
         finally:
             self.engine.close()
 
     def _fit(self) -> None:
-        train = self.config.train
         if self.session.is_main:
             open_run_folder(self.job)
-            self._writer = MetricsWriter(self.run_dir, self.start)
-            self._progress = ProgressLine(self.start, train.steps, train.log_every)
         self.session.barrier()
-        last_eval, finished = None, False
+        result, finished = None, False
         try:
-            finished, last_eval = self._run_steps()
-            if finished and self.start == train.steps:
-                last_eval = self._evaluate(train.steps, record=False)
+            while True:
+                self.log.open(self.start)
+                try:
+                    finished, result = self._run_steps()
+                    break
+                except RollBack as bad:
+                    self._roll_back(bad)
+            if finished and self.start == self.config.train.steps:
+                result = self._evaluate(self.start, record=False)
+            self.session.where.enter("finishing")
+            self.saver.wait(last=True)
         finally:
-            for part in (self._progress, self._writer):
-                if part is not None:
-                    part.close()
-        self.session.where.enter("finishing")
+            self.log.close()
         if self.session.is_main and finished:
-            write_summary(self.job, self.engine.whole_model(), last_eval)
+            write_summary(self.job, self.engine.whole_model(), result, self.log.policy)
         self.session.barrier()
 
     def _run_steps(self) -> tuple[bool, EvalMetrics | None]:
@@ -113,29 +115,36 @@ class Trainer:
         Returns:
             Whether the last step is done, else a scheduler wants the job to end and its state is
             saved; and the last step's evaluation.
+
+        Raises:
+            RollBack: a step went so wrong that the run is to go back.
         """
         train, where = self.config.train, self.session.where
         trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
         control = StepControl(self.mesh.world, self.session.request)
-        last_eval = None
+        result = None
         with self._open_loader() as loader, StepProfiler(train.profile_steps, trace) as profiler:
             began = time.perf_counter()
             for batch in loader:
                 where.enter("training", batch.step + 1, watched=batch.step > self.start)
-                verdict = control.agree(unreadable=batch.error is not None)
-                if verdict.stop:
+                wanted = control.agree(
+                    unreadable=batch.error is not None, unsaved=self.saver.failed
+                )
+                if wanted.unsaved:
+                    self.saver.wait()
+                if wanted.stop:
                     self._leave_early(batch.step)
-                    return False, last_eval
-                if verdict.unreadable:
+                    return False, result
+                if wanted.unreadable:
                     metrics = self._leave_out(batch, began)
                 else:
                     profiler.before(batch.step)
                     metrics = self._train_step(batch, began)
                     profiler.after(batch.step)
-                last_eval = self._after_step(metrics)
+                result = self._after_step(metrics)
                 where.enter("loading data", batch.step + 2)
                 began = time.perf_counter()
-        return True, last_eval
+        return True, result
 
     def _open_loader(self) -> Loader[LayerPlans]:
         return open_loader(
@@ -150,6 +159,15 @@ class Trainer:
             keep_errors=True,
         )
 
+    def _roll_back(self, bad: RollBack) -> None:
+        """Restores the newest checkpoint, and goes on with the data after the bad step."""
+        self.session.where.enter("rolling back", bad.step)
+        found = self.saver.restore()
+        self.start = self._saved = found.step
+        self.faults.guard.roll_back(found.guard)
+        self.batches = step_batches(self.config, found.step, bad.position)
+        self.log.note(f"back to step {found.step}: {bad}")
+
     def _save_early(self, step: int) -> None:
         """Saves the state after `step` steps, where that is not stored yet."""
         if step > self._saved:
@@ -158,11 +176,11 @@ class Trainer:
     def _leave_early(self, step: int) -> None:
         """Saves the state after `step` steps, for a scheduler that wants the job to end."""
         self._save_early(step)
-        if self._progress is not None:
+        if self.session.is_main:
             asked = self.session.request.signal or "a signal to another rank"
-            self._progress.note(
-                f"stopped after step {step} ({asked}); the same command goes on from there"
-            )
+            text = f"stopped after step {step} ({asked}); the same command goes on from there"
+            EventLog(self.run_dir).write("preemption", step, text)
+            self.log.note(text)
 
     def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
@@ -242,16 +260,10 @@ class Trainer:
             fault=verdict.fault,
         )
 
-    def _note(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.note(text)
-
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""
         train, step = self.config.train, metrics.step
-        if self._writer is not None and self._progress is not None:
-            self._writer.write_step(metrics)
-            self._progress.show(metrics)
+        self.log.step(metrics)
         done = step == train.steps
         result = None
         if done or (train.eval_every and step % train.eval_every == 0):
@@ -276,44 +288,11 @@ class Trainer:
             packs=self.config.train.eval_packs,
             windows=self.job.shape.windows,
         )
-        if record and self._writer is not None and self._progress is not None:
-            self._writer.write_eval(result)
-            self._progress.note(f"step {step}  held-out loss {result.loss:.4f}")
+        if record:
+            self.log.evaluation(result)
         return result
 
     def _save(self, step: int) -> None:
         self.session.where.enter("saving", step)
+        self.saver.save(step, self.batches.position(step), self.faults.guard.state())
         self._saved = step
-        state = CheckpointState(
-            format_version=FORMAT_VERSION,
-            step=step,
-            position=self.batches.position(step),
-            identity=json.loads(json.dumps(self.job.identity)),
-            config=asdict(self.config),
-        )
-        # Every random draw of a run is made on the CPU from this generator, alike on all ranks.
-        tensors = {**self.engine.tensors(), _RNG: torch.get_rng_state()}
-        save_checkpoint(
-            self.run_dir,
-            tensors,
-            state,
-            is_main=self.session.is_main,
-            barrier=self.session.barrier,
-            keep=self.config.checkpoint.keep,
-        )
-
-    def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint, or the weights to start from.
-
-        Returns:
-            The steps done, and the tokens read by them.
-        """
-        if self.job.checkpoint is None:
-            if self.job.weights is not None:
-                self.engine.load(partial(load_weights, self.job.weights))
-            return 0, 0
-        path, state = self.job.checkpoint
-        rng = torch.get_rng_state()
-        self.engine.load(lambda tensors: load_tensors(path, {**tensors, _RNG: rng}))
-        torch.set_rng_state(rng)
-        return state.step, state.position

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ringattn.errors import UserError
 from ringattn.launch import trainer
 from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.checkpoint_state import read_state
 from ringattn.launch.config import FaultsConfig
 from ringattn.launch.engine_deepspeed import DeepSpeedEngine
 from ringattn.launch.engine_fsdp import FsdpEngine
@@ -25,11 +27,9 @@ from ringattn.launch.guard import Guard, RollBack
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.optimizer import set_learning_rate
 from ringattn.parallel.grads import GradientBuckets, exact_norm
-from tests.launch import training
 from tests.launch.engines import ENGINES, OFFLOADS
 from tests.launch.test_resume import stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
-from tests.ranks import run_ranks
 
 # The first run in a pool of ranks imports DeepSpeed.
 pytestmark = pytest.mark.timeout(300)
@@ -265,20 +265,20 @@ class OwnGradients(Faults):
         self.enter_context(mock.patch.object(trainer, "write_summary"))
 
 
-def rolled_back(rank: int, world: int, group: Any, values: dict[str, Any]) -> tuple[int, int]:
-    """Step and position with which a run asks to be rolled back."""
-    with pytest.raises(RollBack) as caught:
-        training._train_on_rank(rank, world, group, values, Faults)
-    return caught.value.step, caught.value.position
-
-
-def test_every_rank_asks_for_the_same_rollback(corpus: Path, tmp_path: Path) -> None:
+def test_a_rollback_goes_on_with_the_data_after_the_bad_step(corpus: Path, tmp_path: Path) -> None:
     values = faulty_values(corpus, tmp_path / "run", faults__on_nonfinite="rollback")
-    assert run_ranks(2, rolled_back, values) == [(3, 3 * 160)] * 2
-    assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS_FILE)] == [1, 2]
-    assert [path.name[-1] for path in find_checkpoints(tmp_path / "run")] == ["1", "2"]
+    lines = train_pooled(values, partial(Faults, 1.0))
+    assert [line["step"] for line in lines] == list(range(1, values["train.steps"] + 1))
+    assert all(line["fault"] is None for line in lines)
     events = [(e["step"], e["event"]) for e in read_lines(tmp_path / "run" / EVENTS_FILE)]
-    assert events == [(3, "nonfinite"), (3, "rollback")]
+    assert events[:2] == [(3, "nonfinite"), (3, "rollback")]
+    saved = find_checkpoints(tmp_path / "run")
+    # The third step reads the fourth pack.
+    assert [read_state(path).position // 160 for path in saved][:3] == [1, 2, 4]
+    # A run that goes on from there is the same run.
+    fresh = values | {"run.dir": str(tmp_path / "fresh"), "checkpoint.resume": str(saved[2])}
+    rest = train_pooled(fresh)
+    assert [comparable(line) for line in rest] == [comparable(line) for line in lines[3:]]
 
 
 @pytest.mark.parametrize("mistake", [NothingDiscarded, OwnGradients])
