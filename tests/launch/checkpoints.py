@@ -39,7 +39,8 @@ IDENTITY = {"seed": 1}
 
 def state_of(step: int, run_id: str = "a", **changes: Any) -> CheckpointState:
     """A description for `save`."""
-    values = {"step": step, "position": step, "run_id": run_id, "identity": IDENTITY} | changes
+    values = {"step": step, "position": step, "run_id": run_id, "identity": IDENTITY}
+    values |= {"guard": [0.0]} | changes
     return CheckpointState(format_version=FORMAT_VERSION, config={}, files={}, **values)
 
 
