@@ -2,6 +2,7 @@
 
 import math
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.events import EventLog
 from ringattn.launch.guard import Guard, Verdict
+from ringattn.launch.metrics import StepMetrics
 from ringattn.launch.straggler import Stragglers
 from ringattn.parallel.lines import gather_lines
 
@@ -31,18 +33,25 @@ class StepFaults:
         self, config: Config, world: dist.ProcessGroup, rank: int, note: Callable[[str], None]
     ) -> None:
         self.guard = Guard(config.faults)
-        self._faults, self._world, self._rank, self._note = config.faults, world, rank, note
+        self._world, self._rank, self._note = world, rank, note
         self._stragglers = Stragglers(config.faults)
         self._log = EventLog(Path(config.run.dir))
         self._hosts = gather_lines(socket.gethostname(), world)
 
-    def leave_out(self, step: int, error: UserError | None, position: int) -> Verdict:
+    def leave_out(
+        self, step: int, error: UserError | None, position: int, *, rate: float, began: float
+    ) -> StepMetrics:
         """Settles a step that some rank could not read. Every rank calls it, in place of the step.
 
         Args:
             step: its number, from 1.
             error: why this rank could not read it; None where it could.
             position: tokens of the stream up to its end.
+            rate: learning rate that it would have had.
+            began: `time.perf_counter` at its begin.
+
+        Returns:
+            The line of metrics.jsonl: nothing was read.
 
         Raises:
             As `settle`.
@@ -53,7 +62,17 @@ class StepFaults:
         message = next(filter(None, gather_lines(own, self._world)))
         verdict = self.guard.judge_data(step, message)
         self.settle(verdict, step, math.nan, position)
-        return verdict
+        return StepMetrics(
+            step=step,
+            loss=math.nan,
+            tokens=0,
+            step_s=time.perf_counter() - began,
+            tokens_per_s=0.0,
+            grad_norm=math.nan,
+            lr=rate,
+            mfu=None,
+            fault=verdict.fault,
+        )
 
     def settle(self, verdict: Verdict, step: int, loss: float, position: int) -> None:
         """As `Guard.settle`, by which it also raises; shows the line about a skipped step."""

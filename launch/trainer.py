@@ -244,20 +244,14 @@ class Trainer:
 
         Where that ends the run, the state before the step is saved first.
         """
-        step = batch.step + 1
         if self.config.faults.on_data_error == "stop":
             self._save_early(batch.step)
-        verdict = self.faults.leave_out(step, batch.error, self.batches.position(step))
-        return StepMetrics(
-            step=step,
-            loss=math.nan,
-            tokens=0,
-            step_s=time.perf_counter() - began,
-            tokens_per_s=0.0,
-            grad_norm=math.nan,
-            lr=learning_rate(self.config.train, batch.step),
-            mfu=None,
-            fault=verdict.fault,
+        return self.faults.leave_out(
+            batch.step + 1,
+            batch.error,
+            self.batches.position(batch.step),
+            rate=learning_rate(self.config.train, batch.step),
+            began=began,
         )
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
