@@ -15,14 +15,15 @@ from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config, check_world
 from ringattn.launch.failure import claim_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
-from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
+from ringattn.launch.launchers import Launcher, discover_ranks
+from ringattn.launch.ranks import Ranks, start_local_ranks
 from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
 
 _REPORT_GRACE_S = 10.0
 
 
-def train(config: Config) -> int:
+def train(config: Config, launcher: Launcher = "auto") -> int:
     """Trains under the launcher that started this process, or on local ranks of its own.
 
     Everything that can be checked without ranks is checked before any is started.
@@ -30,11 +31,14 @@ def train(config: Config) -> int:
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
-    return on_ranks(config, _train_rank, partial(check_before_start, config))
+    return on_ranks(config, _train_rank, partial(check_before_start, config), launcher)
 
 
 def on_ranks(
-    config: Config, body: Callable[[Config, Session], None], check: Callable[[], None]
+    config: Config,
+    body: Callable[[Config, Session], None],
+    check: Callable[[], None],
+    launcher: Launcher = "auto",
 ) -> int:
     """Runs `body` as one rank of the launcher that started this process, or on local ranks.
 
@@ -42,11 +46,12 @@ def on_ranks(
         config: dp × cp ranks, device, timeout.
         body: what a rank does; picklable.
         check: called once before local ranks are started; raises UserError.
+        launcher: as in `discover_ranks`.
 
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
-    ranks = discover_ranks(os.environ)
+    ranks = discover_ranks(os.environ, launcher)
     if ranks is not None:
         return _run_rank(config, ranks, body)
     code = run_reporting(check)
@@ -61,7 +66,7 @@ def _train_rank(config: Config, session: Session) -> None:
     if session.is_main:
         prepare_corpus(config)
     session.barrier()
-    Trainer(open_job(config, session.ranks.local_world), session).fit()
+    Trainer(open_job(config, session.sharers), session).fit()
 
 
 def check_before_start(config: Config) -> None:

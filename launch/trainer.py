@@ -61,8 +61,10 @@ class Trainer:
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
         staged = "cuda" if session.shared else None
         try:
-            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
-            self.degrees = open_degrees(job, self.cp, session.timeout, staged)
+            self.cp = build_context(
+                self.config, job.shape, self.mesh.cp_mesh, staged, session.topology
+            )
+            self.degrees = open_degrees(job, self.cp, session.timeout, staged, session.topology)
             self.start, origin = self._restore()
         except BaseException:
             self.engine.close()

@@ -50,12 +50,13 @@ def share_of_cores(
         numa: the NUMA node of the rank's GPU, which the rank then gets as a whole.
 
     Returns:
-        CPUs; none where binding would not help: fewer cores than ranks, or no such node.
+        CPUs; none where binding would not help: less than two cores for each rank, whose threads
+        that load data and carry messages need one, or no such node.
     """
     if numa is not None:
         return next((node.cpus for node in nodes if node.number == numa), frozenset())
     cores = [core for node in nodes for core in node.cores]
-    if len(cores) < sharers:
+    if len(cores) < 2 * sharers:
         return frozenset()
     first, last = (len(cores) * i // sharers for i in (place, place + 1))
     return frozenset().union(*cores[first:last])

@@ -19,7 +19,7 @@ class Interface:
     """A network interface.
 
     Attributes:
-        name: such as eth0. up: it is switched on and has a carrier. loopback: it leads nowhere else.
+        name: such as eth0. up: switched on, with a carrier. loopback: it leads nowhere else.
         addresses: IPv4 and IPv6.
         speed_mbits: of the link; None where the driver does not say. numa: node it hangs on, or
             None.
