@@ -112,8 +112,9 @@ def _look(ranks: Ranks, *, gpus: bool) -> Said:
 
 def _read(text: bytes) -> Said:
     values: dict[str, Any] = json.loads(text)
-    lists = ("local", "gpus", "links")
-    return Said(**{k: tuple(v) if k in lists and v is not None else v for k, v in values.items()})
+    for name in ("local", "gpus", "links"):
+        values[name] = values[name] and tuple(values[name])
+    return Said(**values)
 
 
 def _answer(store: dist.Store, said: list[Said]) -> None:

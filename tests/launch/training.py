@@ -236,6 +236,7 @@ def command(
     *arguments: str,
     launcher: tuple[str, ...] = (),
     outer: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "ringattn.launch"),
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher.
@@ -244,6 +245,7 @@ def command(
         arguments: of the command.
         launcher: what Python runs in place of the command, such as torchrun's module.
         outer: what starts Python, such as mpiexec.
+        program: the command, as the launcher wants it named.
         variables: of its environment, which has none of other launchers.
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -251,7 +253,7 @@ def command(
         environment.pop(key, None)
     environment |= variables or {}
     return subprocess.Popen(
-        [*outer, sys.executable, *launcher, "-m", "ringattn.launch", *arguments],
+        [*outer, sys.executable, *launcher, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
