@@ -113,7 +113,7 @@ def _look(ranks: Ranks, *, gpus: bool) -> Said:
 def _read(text: bytes) -> Said:
     values: dict[str, Any] = json.loads(text)
     for name in ("local", "gpus", "links"):
-        values[name] = values[name] and tuple(values[name])
+        values[name] = None if values[name] is None else tuple(values[name])
     return Said(**values)
 
 

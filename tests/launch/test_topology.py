@@ -39,7 +39,7 @@ from ringattn.schedule import Channel, Schedule
 def test_ranks_per_node_of_groups(nodes: tuple[int, ...], size: int, expected: int) -> None:
     found = Topology(nodes)
     assert found.ranks_per_node(size) == expected
-    # By definition: every run of so many ranks lies in one node, and of twice as many does not.
+    # By definition every run of so many ranks lies in one node.
     owner = np.repeat(np.arange(len(nodes)), nodes)
     runs = owner.reshape(-1, expected)
     assert (runs == runs[:, :1]).all()
@@ -75,10 +75,7 @@ def _plan(method: str, u: int | None = None, per_node: int | None = 2) -> ra.Pla
 
 
 def _head_moves_between_nodes(plan: ra.Plan) -> int:
-    """Moves of queries and results, which only ranks that share heads exchange, over the network.
-
-    Also those of keys that the head exchange makes: before the first step has computed anything.
-    """
+    """Moves over the network of queries and results, which only ranks that share heads exchange."""
 
     def count(schedule: Schedule) -> int:
         moves = schedule.moves
