@@ -43,7 +43,7 @@ def join_mpi(environ: Mapping[str, str], *, certain: bool = False) -> Joined | N
     world = MPI.COMM_WORLD
     if expected and world.size != expected:
         raise UserError(
-            f"MPI of {world.size} ranks",
+            f"MPI world of size {world.size}",
             f"mpiexec started {expected}: mpi4py is built against another MPI than mpiexec's",
             "use the mpiexec of that MPI, or install mpi4py for this one",
         )

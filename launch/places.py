@@ -29,7 +29,7 @@ class Place:
         local_rank, local_world: place among the ranks of this node.
         gpu: number of its GPU among those it sees; None where it sees none.
         gpu_sharers: ranks of the node that see the same GPUs.
-        crowded: on some node of the job, two ranks have one GPU.
+        crowded: somewhere in the job, two ranks have one GPU.
         core_place, core_sharers: place among the ranks of the node that may use the same CPUs.
     """
 
@@ -140,7 +140,11 @@ def settle(said: list[Said]) -> tuple[list[Place], Topology]:
     nodes = _nodes(said)
     _check_gpus(said)
     dealt = [_deal(members, said) for members in nodes]
-    crowded = any(len(set(taken)) < len(taken) for node in dealt for taken in [_taken(node, said)])
+    # GPUs of all nodes together: two launchers may have started ranks on one host.
+    taken = [
+        said[rank].gpus[gpu] for node in dealt for rank, gpu in node.items() if gpu is not None
+    ]
+    crowded = len(set(taken)) < len(taken)
     places, links = [], []
     for members, gpus in zip(nodes, dealt, strict=True):
         # A set of CPUs that ranks of the node have in common: its name, its ranks.
@@ -229,11 +233,6 @@ def _deal(members: range, said: list[Said]) -> dict[int, int | None]:
         dealt[rank] = before[seen] % len(seen) if seen else None
         before[seen] += 1
     return dealt
-
-
-def _taken(dealt: dict[int, int | None], said: list[Said]) -> list[str]:
-    """What identifies the GPU of each rank of a node."""
-    return [said[rank].gpus[gpu] for rank, gpu in dealt.items() if gpu is not None]
 
 
 def _link(one: Said, gpu: int | None) -> str:

@@ -125,6 +125,12 @@ def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Se
         export_ranks(os.environ, ranks)
     placement = place_ranks(config, place.gpu_sharers)
     shared = placement.shared or (placement.device_type == "cuda" and place.crowded)
+    if shared and config.run.device == "cuda":
+        raise UserError(
+            "run.device=cuda",
+            "two ranks of the job have one GPU",
+            "start one rank per GPU, or set run.device=cuda_shared",
+        )
     device, backend = torch.device("cpu"), "gloo"
     if placement.device_type == "cuda":
         device = torch.device("cuda", place.gpu or 0)

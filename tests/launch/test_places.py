@@ -87,6 +87,9 @@ def test_a_crowded_node_is_known_to_all() -> None:
     """All ranks take one back end."""
     heard = [said("a", gpus=("x",)), said("b", gpus=("y",)), said("b", gpus=("y",))]
     assert [crowded for _, _, crowded in gpus_of(heard)] == [True] * 3
+    # Also by another launcher on the same host.
+    heard = [said("a", (0, 1), gpus=("x",)), said("a", (0, 1), gpus=("x",))]
+    assert [crowded for _, _, crowded in gpus_of(heard)] == [True] * 2
 
 
 def test_nvlink_pairs_are_domains() -> None:
