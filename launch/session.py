@@ -1,9 +1,10 @@
 """The process of one rank: device, threads, process group."""
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from ringattn.errors import UserError
 from ringattn.launch.binding import choose_cores, on_cores, use_interface
 from ringattn.launch.config import Config
+from ringattn.launch.control import StopRequest
 from ringattn.launch.launchers import export_ranks
 from ringattn.launch.mpi import leave_mpi
 from ringattn.launch.places import Place, find_places
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.whereabouts import Whereabouts
 from ringattn.parallel.cores import read_numa_nodes
 from ringattn.parallel.host import usable_cpus, visible_gpus
 from ringattn.parallel.topology import Topology
@@ -32,6 +35,8 @@ class Session:
         timeout: how long a collective waits for a missing rank.
         topology: the nodes of the job; None where nobody looked.
         gpu_sharers: ranks of this host that see the same GPUs; None for all of the host.
+        where: what this rank does, kept up to date for reports.
+        request: whether a scheduler wants the job to save and end.
     """
 
     ranks: Ranks
@@ -40,6 +45,8 @@ class Session:
     shared: bool = False
     topology: Topology | None = None
     gpu_sharers: int | None = None
+    where: Whereabouts = field(default_factory=Whereabouts)
+    request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def is_main(self) -> bool:
@@ -99,15 +106,35 @@ def place_ranks(config: Config, local_world: int) -> Placement:
 
 
 def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """The key-value store that the job's ranks share. Waits for the rank that hosts it."""
+    """The key-value store that the job's ranks share. Waits for the rank that hosts it.
+
+    Raises:
+        UserError: it cannot be reached, or ranks are missing.
+    """
     if ranks.launcher == LOCAL_LAUNCHER:
         return dist.HashStore()
-    handler = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
-    return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    try:
+        handler = dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)
+        return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT={address}",
+            f"rank {ranks.rank} on host {socket.gethostname()} could not meet the other ranks "
+            f"there within {timeout.total_seconds():g} s ({reason})",
+            "check that every rank was started and that its host reaches this address",
+        ) from None
 
 
 @contextmanager
-def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Session]:
+def open_session(
+    config: Config,
+    ranks: Ranks,
+    store: dist.Store,
+    where: Whereabouts | None = None,
+    request: StopRequest | None = None,
+) -> Iterator[Session]:
     """Sets up this process as a rank and joins the default process group; leaves it at the end.
 
     Finds out who shares this host and its GPUs first, which communicates through `store`. Sets the
@@ -137,8 +164,7 @@ def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Se
         torch.cuda.set_device(device)
         backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
     use_interface(os.environ, config.run.interface, ranks)
-    with ExitStack() as stack:
-        stack.enter_context(_process_settings(config, place, device))
+    with _process_settings(config, place, device):
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
         )
@@ -151,6 +177,8 @@ def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Se
                 shared=shared,
                 topology=topology,
                 gpu_sharers=place.gpu_sharers,
+                where=where or Whereabouts(),
+                request=request or StopRequest(),
             )
             finished = True
         finally:
