@@ -105,8 +105,8 @@ def test_deepspeed_trains_as_alone(corpus: Path, alone: list[float], tmp_path: P
 @needs_mpi
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_a_rank_that_dies_under_mpiexec_ends_the_others(corpus: Path, tmp_path: Path) -> None:
-    """A mistake that ranks find is told once; nobody waits for MPI's orderly end."""
+def test_a_mistake_under_mpiexec_is_told_once(corpus: Path, tmp_path: Path) -> None:
+    """And nobody waits for an orderly end of MPI."""
     values = tiny_values(corpus, tmp_path / "run", parallel__cp=4, run__timeout_s=600.0)
     config = write_config(tmp_path / "config.yaml", values)
     process = command("train", str(config), outer=(str(MPIEXEC), "-n", "2"))

@@ -13,11 +13,6 @@ from ringattn.launch.mpi import number_by_node
 from ringattn.launch.ranks import Joined, Ranks
 from ringattn.launch.slurm import expand_counts, expand_nodes
 
-MPIEXEC = Path(sys.executable).with_name("mpiexec")
-needs_mpi = pytest.mark.skipif(
-    not MPIEXEC.exists(), reason="needs the mpiexec of the package mpich"
-)
-
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "host0", "MASTER_PORT": "29500",
