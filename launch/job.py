@@ -28,6 +28,7 @@ from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
 from ringattn.launch.session import place_ranks
 from ringattn.methods import METHODS
+from ringattn.parallel.topology import Topology, even_nodes
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,7 +65,7 @@ def open_job(config: Config, local_world: int) -> Job:
 
     Args:
         config: the run.
-        local_world: ranks that run on this host.
+        local_world: ranks that share the GPUs of this host.
 
     Raises:
         UserError: naming key, value, rule and fix.
@@ -130,11 +131,17 @@ def build_context(
     shape: ModelConfig,
     group: DeviceMesh | dist.ProcessGroup | int,
     staged: str | None = None,
+    topology: Topology | None = None,
 ) -> ra.ContextParallel:
     """The attention of a group of ranks, or of a number of simulated ones. No communication.
 
-    `staged` is as in `ContextParallel`.
+    `staged` is as in `ContextParallel`. Ranks per node come from ``parallel.ranks_per_node``, else
+    from `topology`, else from the cluster or the launcher's variables.
     """
+    per_node = config.parallel.ranks_per_node
+    if per_node is not None:
+        topology = even_nodes(config.world, per_node)
+    size = group if isinstance(group, int) else group.size()
     attention = config.attention
     wire = attention.wire_dtype
     options = {"u": attention.u, "stages": attention.stages, "save": int(attention.save) or None}
@@ -150,6 +157,7 @@ def build_context(
         cluster=attention.cluster,
         options={name: value for name, value in options.items() if value is not None},
         refine=attention.refine or None,
+        ranks_per_node=topology and topology.ranks_per_node(size),
         timeout=timedelta(seconds=config.run.timeout_s),
         staged=staged,
     )
@@ -161,6 +169,7 @@ def build_degree(
     degree: int,
     group: dist.ProcessGroup | None = None,
     staged: str | None = None,
+    topology: Topology | None = None,
 ) -> ra.ContextParallel:
     """As `build_context`, for a group of `degree` ranks, simulated ones unless it is given.
 
@@ -174,7 +183,7 @@ def build_degree(
             cluster=config.attention.cluster,
         )
         config = replace(config, attention=alone)
-    return build_context(config, shape, group or degree, staged)
+    return build_context(config, shape, group or degree, staged, topology)
 
 
 def check_attention(

@@ -57,8 +57,9 @@ class Trainer:
             self.saver = Saver(
                 job, self.engine, self.mesh, session.device, session.timeout, self.log.warn
             )
-            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
-            self.degrees = open_degrees(job, self.cp, session.timeout, staged)
+            topology = session.topology
+            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged, topology)
+            self.degrees = open_degrees(job, self.cp, session.timeout, staged, topology)
             contexts = [self.cp] if self.degrees is None else self.degrees.contexts.values()
             session.where.places += [context.place for context in contexts]
             self._own_work = OwnWork(session.device)
@@ -249,7 +250,7 @@ class Trainer:
         return self.faults.leave_out(
             batch.step + 1,
             batch.error,
-            self.batches.position(batch.step),
+            self.batches.position(batch.step + 1),
             rate=learning_rate(self.config.train, batch.step),
             began=began,
         )

@@ -109,6 +109,8 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
     """
     require_deepspeed()
     local = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
+    if (other := "OMPI_COMM_WORLD_LOCAL_RANK") in os.environ:
+        local[other] = local["LOCAL_RANK"]  # it insists that both are equal
     with _environment(local), warnings.catch_warnings():
         # It calls collectives by names that PyTorch is giving up.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
