@@ -81,7 +81,8 @@ def examine(request: Request, config: Config, session: Session) -> None:
     """One rank's part of the examination; rank 0 prints and writes.
 
     Raises:
-        SystemExit: with 1, where something is wrong.
+        SystemExit: with 1, where something is wrong; where ranks can no longer work together, the
+            process ends at once.
         CommunicationError: rank 0 did not answer.
     """
     del config
@@ -95,5 +96,9 @@ def examine(request: Request, config: Config, session: Session) -> None:
         print("\n".join([*table(report), *findings(report)]), flush=True)
     # A launcher stops every rank once one has ended: the report comes first.
     board.leave()
+    if report.broken and session.ranks.world > 1:
+        # Threads and communicators that still wait for peers would hold up an orderly end.
+        sys.stdout.flush()
+        os._exit(1)
     if report.wrong:
         sys.exit(1)

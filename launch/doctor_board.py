@@ -6,6 +6,7 @@ is then known by name to all others.
 
 import faulthandler
 import json
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from ringattn.errors import CommunicationError
 
-_GRACE_S = 10.0  # what a rank may be late for reasons of its own
+GRACE_S = 10.0
 
 
 class SilentRanksError(RuntimeError):
@@ -37,26 +38,31 @@ class Board:
     Args:
         store: shared by the ranks; its keys below "ringattn/doctor" are free.
         rank, world: this rank's place.
-        timeout: seconds that a step may take; a rank is silent when it is later than that and
-            some seconds more.
+        timeout: seconds that a step may take. grace: seconds that a rank may be late for reasons
+            of its own before it counts as silent.
     """
 
     store: dist.Store
     rank: int
     world: int
     timeout: float
+    grace: float = GRACE_S
 
     @classmethod
-    def open(cls, rank: int, world: int, timeout: float) -> "Board":
+    def open(cls, rank: int, world: int, timeout: float, grace: float = GRACE_S) -> "Board":
         """The board of one examination, on the store of the default group; every rank calls it."""
         store = dist.distributed_c10d._get_default_store()
         # Several examinations of one job find separate keys: each rank counts its own.
         number = store.add(f"ringattn/doctor/opened {rank}", 1)
-        return cls(dist.PrefixStore(f"ringattn/doctor/{number}", store), rank, world, timeout)
+        return cls(
+            dist.PrefixStore(f"ringattn/doctor/{number}", store), rank, world, timeout, grace
+        )
 
     def begin(self) -> None:
         """Starts the time of a step. A process that hangs for good prints its stacks and ends."""
-        faulthandler.dump_traceback_later(3 * (self.timeout + _GRACE_S), exit=True)
+        seconds, stream = 3 * (self.timeout + self.grace), sys.__stderr__
+        if stream is not None:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stream)
 
     def leave(self) -> None:
         """Ends the examination: returns on rank 0 at once, on others when rank 0 has called it."""
@@ -65,7 +71,7 @@ class Board:
             self.store.set("left", "1")
             return
         try:
-            self.store.wait(["left"], timedelta(seconds=self.timeout + _GRACE_S))
+            self.store.wait(["left"], timedelta(seconds=self.timeout + self.grace))
         except RuntimeError as error:
             raise CommunicationError("rank 0 did not answer at the end") from error
 
@@ -85,7 +91,7 @@ class Board:
         else:
             # Rank 0 may itself be late by a timeout, and then wait for others.
             try:
-                self.store.wait([step], timedelta(seconds=2 * (self.timeout + _GRACE_S)))
+                self.store.wait([step], timedelta(seconds=2 * (self.timeout + self.grace)))
             except RuntimeError as error:
                 raise CommunicationError(f"rank 0 did not answer in step {step}") from error
             found = json.loads(self.store.get(step))
@@ -95,7 +101,7 @@ class Board:
 
     def _collect(self, step: str) -> dict[str, list[Any]]:
         """Values of all ranks, and which of them are missing after the time is up."""
-        deadline = time.monotonic() + self.timeout + _GRACE_S
+        deadline = time.monotonic() + self.timeout + self.grace
         values, silent = [], []
         for rank in range(self.world):
             key = f"{step}/{rank}"

@@ -52,10 +52,11 @@ def cluster_text(measured: Measured, today: datetime.date) -> str:
     base_name = base_cluster(measured.facts[0]["device"])
     cluster, sources = _measured_cluster(measured, load_cluster(base_name), today)
     device = measured.facts[0]["device"]["name"]
+    dtype = str(measured.work.dtype).removeprefix("torch.")
     lines = [
         f"Written by ringattn doctor on {today.isoformat()}.",
         f"{len(measured.facts)} ranks, {measured.node} per node; {device}.",
-        f"Measured: {', '.join(sources)}.",
+        f"Measured: {', '.join(sources)}; attention in {dtype}, medians of ranks and pairs.",
         f"Everything else is a figure of {base_name}, not of this machine.",
     ]
     return "".join(f"# {line}\n" for line in lines) + dump_cluster(cluster)
@@ -101,8 +102,7 @@ def _peak(measured: Measured, base: Cluster) -> dict[str, float]:
     gemm = measured.median("gemm_bf16_tflops" if half else "gemm_fp32_tflops")
     if half and any(key in device["name"] for key in _KNOWN):
         return {"gemm_share": _round(min(1.0, gemm / base.peak_tflops))}
-    fastest = max(measured.median("forward_tflops"), measured.median("backward_tflops"))
-    return {"peak_tflops": _round(max(gemm / base.gemm_share, fastest))}
+    return {"peak_tflops": _round(gemm / base.gemm_share)}
 
 
 def _with_kernel(measured: Measured, cluster: Cluster) -> Cluster:
@@ -114,7 +114,7 @@ def _with_kernel(measured: Measured, cluster: Cluster) -> Cluster:
     for direction in ("forward", "backward"):
         curve = base.curve(direction)
         seconds = measured.median(f"{direction}_seconds")
-        steady = replace(cluster, jitter=0.0, kernel=name)
+        steady = replace(cluster, jitter=0.0)
         # Time is a fixed part plus work / rate: two prices tell both.
         slow, fast = (
             price(plan.schedule(direction), _only(steady, name, curve, rate)).seconds
@@ -123,7 +123,9 @@ def _with_kernel(measured: Measured, cluster: Cluster) -> Cluster:
         work = 2 * (slow - fast) * curve.tflops
         fixed = min(slow - work / curve.tflops, 0.5 * seconds)
         scaled[direction] = replace(curve, tflops=_round(work / (seconds - fixed)))
-    return replace(cluster, kernel=name, kernels={name: Kernel(**scaled)})
+    # An inferred peak must bound the curves too.
+    peak = max(cluster.peak_tflops, *(curve.tflops for curve in scaled.values()))
+    return replace(cluster, kernel=name, kernels={name: Kernel(**scaled)}, peak_tflops=peak)
 
 
 def _only(cluster: Cluster, name: str, curve: Curve, tflops: float) -> Cluster:

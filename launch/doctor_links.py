@@ -181,11 +181,13 @@ def difference(want: torch.Tensor, got: torch.Tensor) -> str:
     if torch.equal(want, got):
         return ""
     places = (want != got).nonzero()
-    return f"{len(places):,} of {want.numel():,} bytes, the first at {int(places[0]):,}"
+    return f"{len(places):,} of {want.numel():,} bytes wrong, the first at {int(places[0]):,}"
 
 
-def reduce_all(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> dict[str, Any]:
-    """Sums numbers over all ranks and checks the sums.
+def reduce_all(
+    group: dist.ProcessGroup, device: torch.device, nbytes: int, timeout: float
+) -> dict[str, Any]:
+    """Sums numbers over all ranks and checks the sums; each time within `timeout` seconds.
 
     Returns:
         gbs: bytes that a rank sends in a ring, 2 (P - 1) / P of the message, by the time.
@@ -197,16 +199,16 @@ def reduce_all(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> d
     wrong, seconds = "", math.inf
     for _ in range(3):
         mine = counting + rank
-        finish(device, time.monotonic() + 60.0)
+        finish(device, time.monotonic() + timeout)
         start = time.perf_counter()
         work = dist.all_reduce(mine, group=group, async_op=True)
         assert work is not None
         work.wait()
-        finish(device, time.monotonic() + 60.0)
+        finish(device, time.monotonic() + timeout)
         seconds = min(seconds, time.perf_counter() - start)
         if not torch.equal(mine, want):
             places = (mine != want).nonzero()
-            wrong = f"{len(places):,} of {len(mine):,} sums, the first at {int(places[0]):,}"
+            wrong = f"{len(places):,} of {len(mine):,} sums wrong, the first at {int(places[0]):,}"
     return {"gbs": 2 * (world - 1) / world * nbytes / seconds / 1e9, "wrong": wrong}
 
 
@@ -228,7 +230,7 @@ def merge_round(found: Round, answers: Sequence[dict[str, Any] | None]) -> list[
     for pair in found.pairs:
         both = [(rank, answers[rank] or {}) for rank in pair]
         wrong = [
-            f"rank {rank} received {answer['wrong']} wrong from rank {pair[0] + pair[1] - rank}"
+            f"from rank {pair[0] + pair[1] - rank} to rank {rank}: {answer['wrong']}"
             for rank, answer in both
             if answer.get("wrong")
         ]

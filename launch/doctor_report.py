@@ -22,6 +22,7 @@ class Report:
         pairs: that met. reduce: all ranks' all-reduce. rates: of each rank.
         cells: by name. seconds: of each part.
         wrong: one line for each thing that is wrong. notes: what is worth knowing and not wrong.
+        broken: whether steps were left out because ranks can no longer work together.
     """
 
     facts: list[dict[str, Any]] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    broken: bool = False
 
     def lanes(self) -> dict[str, list[PairResult]]:
         """Pairs with figures, by lane, the slowest first."""

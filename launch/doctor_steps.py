@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from ringattn.launch.doctor_links import (
 from ringattn.launch.doctor_methods import CellResult, Trial, cells_for, merge_cell, tell_cell
 from ringattn.launch.doctor_rates import measure_rates, name_slow, work_for
 from ringattn.launch.doctor_report import Progress, Report, as_json
+from ringattn.launch.doctor_wait import call_within
 from ringattn.launch.session import Session
-from ringattn.parallel.fabric import Fabric
 from ringattn.parallel.topology import ranks_per_node
+from ringattn.schedule import Lane
 
-_LANES = ((0, False), (1, False))
+_CLASSES = tuple((int(lane), long) for lane in Lane for long in (False, True))
 _SLOW_PAIR = 0.5  # of its lane's median bandwidth
 
 
@@ -73,6 +75,14 @@ class Examination:
         self.progress = Progress(session.is_main)
         self.work = work_for(self.device, request.quick)
 
+    @cached_property
+    def _trial(self) -> Trial:
+        """The one context of links and methods."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float64
+        tokens = doctor_methods.tokens_for(self.world, self.device)
+        masks = doctor_methods.mask_set(tokens, self.request.quick)
+        return Trial(self.world, self.device, dtype, masks, self.staged, self.request.timeout)
+
     def run(self) -> Report:
         """All steps. Every rank calls it; all that answer return equal findings.
 
@@ -85,8 +95,10 @@ class Examination:
                 going_on = part()
                 self.report.seconds[name] = time.monotonic() - start
                 if not going_on:
+                    self.report.broken = True
                     break
         except SilentRanksError as error:
+            self.report.broken = True
             self._tell_silent(error)
         self.progress.close()
         return self.report
@@ -122,15 +134,13 @@ class Examination:
         """Every pair, then all ranks together."""
         if self.world == 1:
             return True
-        trial = Trial(self.world, self.device, torch.float32, {}, self.staged, self.request.timeout)
-        fabric = trial.context.fabric(self.device)
-        opened = self._attempt("opening links", lambda: _opened(fabric))
+        opened = self._attempt("opening links", self._open)
         if self._failed("opening links", opened):
             return False
         rounds = link_rounds(self.world, self.report.node)
         for number, found in enumerate(rounds):
             self.progress.show("links", number, len(rounds))
-            answers = self._attempt(f"links {number}", lambda f=found: self._meet(fabric, f))
+            answers = self._attempt(f"links {number}", lambda f=found: self._meet(f))
             pairs = merge_round(found, answers)
             self.report.pairs += pairs
             if any(pair.error for pair in pairs):
@@ -140,12 +150,19 @@ class Examination:
             return False
         return self._reduce()
 
-    def _meet(self, fabric: Fabric, found: Round) -> dict[str, Any]:
+    def _open(self) -> dict[str, Any]:
+        """Opens what links and methods will use; on NCCL communicators, which may block."""
+        fabric = self._trial.context.fabric(self.device)
+        call_within(self.request.timeout, self.device, lambda: fabric.open(_CLASSES))
+        return {}
+
+    def _meet(self, found: Round) -> dict[str, Any]:
         peer = found.peer_of(self.rank)
         if peer is None:
             return {}
         direct = self.device.type == "cuda" and self.staged is None
         sizes = sizes_for(direct, self.request.quick)
+        fabric = self._trial.context.fabric(self.device)
         return meet(fabric, peer, self.device, sizes, found.lane, self.request.timeout)
 
     def _judge_pairs(self) -> None:
@@ -175,12 +192,14 @@ class Examination:
         direct = self.device.type == "cuda" and self.staged is None
         device = self.device if direct else torch.device("cpu")
         nbytes = sizes_for(direct, self.request.quick).nbytes
-        answers = self._attempt("all-reduce", lambda: reduce_all(group, device, nbytes))
+        answers = self._attempt(
+            "all-reduce", lambda: reduce_all(group, device, nbytes, self.request.timeout)
+        )
         if self._failed("all-reduce", answers):
             return False
         self.report.reduce = answers
         self.report.wrong += [
-            f"all-reduce on rank {rank}: {mine['wrong']} wrong"
+            f"all-reduce on rank {rank}: {mine['wrong']}"
             for rank, mine in enumerate(answers)
             if mine["wrong"]
         ]
@@ -201,11 +220,8 @@ class Examination:
 
     def _methods(self) -> bool:
         """Every method on every mask."""
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float64
-        tokens = doctor_methods.tokens_for(self.world, self.device)
-        masks = doctor_methods.mask_set(tokens, self.request.quick)
-        trial = Trial(self.world, self.device, dtype, masks, self.staged, self.request.timeout)
-        cells = cells_for(list(masks), self.world, self.report.node)
+        trial = self._trial
+        cells = cells_for(list(trial.masks), self.world, self.report.node)
         for number, (method, mine) in enumerate(cells.items()):
             self.progress.show("methods", number, len(cells))
             found = self._attempt(f"method {method}", lambda m=mine: _run_cells(trial, m))
@@ -216,13 +232,13 @@ class Examination:
                 merged = merge_cell(got)
                 name = cell.named(self.report.node)
                 self.report.cells[name] = merged
-                self._judge_cell(name, merged, dtype)
+                self._judge_cell(name, merged)
                 if merged.status == "failed":
                     return False
         return True
 
-    def _judge_cell(self, name: str, found: CellResult, dtype: torch.dtype) -> None:
-        line = tell_cell(name, found, doctor_methods.TOLERANCE[dtype])
+    def _judge_cell(self, name: str, found: CellResult) -> None:
+        line = tell_cell(name, found, doctor_methods.TOLERANCE[self._trial.dtype])
         if line is None:
             return
         # Some GPU kernels add gradients in whatever order blocks finish.
@@ -262,11 +278,6 @@ class Examination:
             Path(request.out).write_text(text, encoding="utf-8")
         elif request.out:
             report.notes.append(f"{request.out} was not written: figures are missing or wrong")
-
-
-def _opened(fabric: Fabric) -> dict[str, Any]:
-    fabric.open(_LANES)
-    return {}
 
 
 def _run_cells(trial: Trial, cells: list[doctor_methods.Cell]) -> dict[str, Any]:

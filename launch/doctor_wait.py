@@ -1,8 +1,12 @@
 """Waiting for a device, but not for ever."""
 
 import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as LateError
 
 import torch
+
+from ringattn.parallel.worker import Worker
 
 _POLL_S = 1e-4
 
@@ -26,3 +30,23 @@ def finish(device: torch.device, deadline: float) -> None:
             raise TimeoutError(f"{device} did not finish in time")
         if now > spin:
             time.sleep(_POLL_S)
+
+
+def call_within(seconds: float, device: torch.device, call: Callable[[], None]) -> None:
+    """Calls on a thread of its own, for calls that may block the host without a timeout.
+
+    Raises:
+        TimeoutError: it has not returned in time. The thread stays with it.
+        Exception: whatever the call raises.
+    """
+
+    def job() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has a current device of its own
+        call()
+
+    future = Worker("ringattn-doctor").submit(job)
+    try:
+        future.result(seconds)
+    except LateError:
+        raise TimeoutError(f"did not return in {seconds:g} s") from None
