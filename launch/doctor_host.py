@@ -14,6 +14,7 @@ import torch
 from torch.cuda import nccl
 
 from ringattn.launch.session import Session
+from ringattn.parallel.topology import ranks_per_node
 
 PACKAGES = (
     "ringattn", "torch", "numpy", "triton", "deepspeed", "flash-attn", "flash-attn-3",
@@ -43,6 +44,11 @@ def describe_place(session: Session) -> dict[str, Any]:
         "cores": cores or 1,
         "memory_gib": round(_host_bytes() / _GIB, 1),
     }
+
+
+def node_size(session: Session) -> int:
+    """Consecutive ranks that share a node's fast links."""
+    return ranks_per_node(session.ranks.world)
 
 
 def find_versions() -> dict[str, str]:

@@ -170,10 +170,10 @@ def meet(
 
 def pattern(nbytes: int, source: int, target: int, device: torch.device) -> torch.Tensor:
     """The message from one rank to another: who sends and who is meant, then counting bytes."""
-    body = torch.arange(nbytes, dtype=torch.int32).remainder_(251).to(torch.uint8)
+    body = torch.arange(nbytes, dtype=torch.int32, device=device).remainder_(251).to(torch.uint8)
     header = torch.tensor([source, target, nbytes], dtype=torch.int64)
-    body[:_HEADER] = header.view(torch.uint8)
-    return body.to(device)
+    body[:_HEADER] = header.view(torch.uint8).to(device)
+    return body
 
 
 def difference(want: torch.Tensor, got: torch.Tensor) -> str:

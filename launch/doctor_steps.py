@@ -31,9 +31,8 @@ from ringattn.launch.doctor_links import (
 from ringattn.launch.doctor_methods import CellResult, Trial, cells_for, merge_cell, tell_cell
 from ringattn.launch.doctor_rates import measure_rates, name_slow, work_for
 from ringattn.launch.doctor_report import Progress, Report, as_json
-from ringattn.launch.doctor_wait import call_within
+from ringattn.launch.doctor_wait import call_within, finish
 from ringattn.launch.session import Session
-from ringattn.parallel.topology import ranks_per_node
 from ringattn.schedule import Lane
 
 _CLASSES = tuple((int(lane), long) for lane in Lane for long in (False, True))
@@ -71,7 +70,7 @@ class Examination:
         self.request, self.session, self.board = request, session, board
         self.device, self.rank, self.world = session.device, session.ranks.rank, board.world
         self.staged = "cuda" if session.shared else None
-        self.report = Report(node=ranks_per_node(self.world))
+        self.report = Report(node=doctor_host.node_size(session))
         self.progress = Progress(session.is_main)
         self.work = work_for(self.device, request.quick)
 
@@ -96,6 +95,7 @@ class Examination:
                 self.report.seconds[name] = time.monotonic() - start
                 if not going_on:
                     self.report.broken = True
+                    self.report.notes.append(f"nothing more was tried after {name} failed")
                     break
         except SilentRanksError as error:
             self.report.broken = True
@@ -153,7 +153,13 @@ class Examination:
     def _open(self) -> dict[str, Any]:
         """Opens what links and methods will use; on NCCL communicators, which may block."""
         fabric = self._trial.context.fabric(self.device)
-        call_within(self.request.timeout, self.device, lambda: fabric.open(_CLASSES))
+        seconds = self.request.timeout
+
+        def open_all() -> None:
+            fabric.open(_CLASSES)
+            finish(self.device, time.monotonic() + seconds)
+
+        call_within(seconds, self.device, open_all)
         return {}
 
     def _meet(self, found: Round) -> dict[str, Any]:
