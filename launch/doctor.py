@@ -4,7 +4,6 @@ Runs as one rank of the launcher that started it, or starts local ranks.
 """
 
 import os
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
-from ringattn.launch.doctor_board import Board
+from ringattn.launch.doctor_board import GRACE_S, Board
 from ringattn.launch.doctor_report import findings, table
 from ringattn.launch.doctor_steps import Examination, Request
+from ringattn.launch.failure import AlreadyToldError
 from ringattn.launch.ranks import discover_ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import on_ranks
@@ -32,10 +32,7 @@ def doctor(request: Request) -> int:
         UserError: a request that cannot be met.
     """
     config = _config(request)
-    try:
-        return on_ranks(config, partial(examine, request), partial(_check, request))
-    except SystemExit as end:  # of a rank that runs in this process
-        return end.code if isinstance(end.code, int) else 1
+    return on_ranks(config, partial(examine, request), partial(_check, request))
 
 
 def _config(request: Request) -> Config:
@@ -56,8 +53,8 @@ def _config(request: Request) -> Config:
         {
             "run.dir": tempfile.gettempdir(),
             "run.device": request.device,
-            # Waits of single messages are shorter; groups only must not outlast the ranks.
-            "run.timeout_s": 2 * request.timeout,
+            # The rank's monitor is the last resort: a step tells more about who is silent.
+            "run.timeout_s": 2 * request.timeout + 3 * GRACE_S,
             "parallel.cp": world,
             "data.seq_len": max(8192, world),
         }
@@ -81,8 +78,7 @@ def examine(request: Request, config: Config, session: Session) -> None:
     """One rank's part of the examination; rank 0 prints and writes.
 
     Raises:
-        SystemExit: with 1, where something is wrong; where ranks can no longer work together, the
-            process ends at once.
+        AlreadyToldError: something is wrong.
         CommunicationError: rank 0 did not answer.
     """
     del config
@@ -96,9 +92,5 @@ def examine(request: Request, config: Config, session: Session) -> None:
         print("\n".join([*table(report), *findings(report)]), flush=True)
     # A launcher stops every rank once one has ended: the report comes first.
     board.leave()
-    if report.broken and session.ranks.world > 1:
-        # Threads and communicators that still wait for peers would hold up an orderly end.
-        sys.stdout.flush()
-        os._exit(1)
     if report.wrong:
-        sys.exit(1)
+        raise AlreadyToldError

@@ -4,9 +4,7 @@ Results do not travel over the links that are examined: a rank that is silent, o
 is then known by name to all others.
 """
 
-import faulthandler
 import json
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,15 +56,8 @@ class Board:
             dist.PrefixStore(f"ringattn/doctor/{number}", store), rank, world, timeout, grace
         )
 
-    def begin(self) -> None:
-        """Starts the time of a step. A process that hangs for good prints its stacks and ends."""
-        seconds, stream = 3 * (self.timeout + self.grace), sys.__stderr__
-        if stream is not None:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=stream)
-
     def leave(self) -> None:
         """Ends the examination: returns on rank 0 at once, on others when rank 0 has called it."""
-        faulthandler.cancel_dump_traceback_later()
         if self.rank == 0:
             self.store.set("left", "1")
             return

@@ -101,6 +101,7 @@ class Examination:
             self.report.broken = True
             self._tell_silent(error)
         self.progress.close()
+        self.session.where.enter("doctor: reporting")
         return self.report
 
     def _parts(self) -> list[tuple[str, Callable[[], bool]]]:
@@ -113,7 +114,7 @@ class Examination:
 
     def _attempt(self, step: str, call: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
         """The answers of all ranks to a call; {"error": …} from one that raised."""
-        self.board.begin()
+        self.session.where.enter(f"doctor: {step}", watched=True)
         try:
             mine = call()
         except Exception as error:

@@ -26,6 +26,7 @@ from ringattn.launch.doctor_methods import CellResult, cells_for, merge_cell
 from ringattn.launch.doctor_rates import Work, name_slow
 from ringattn.launch.doctor_report import Report, as_json
 from ringattn.launch.doctor_steps import Examination, Request
+from ringattn.launch.failure import AlreadyToldError
 from ringattn.launch.main import main
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
@@ -111,8 +112,8 @@ def _examine(
         stack.enter_context(contextlib.redirect_stdout(out))
         try:
             examine(request, Config(), _session(rank, world))
-        except SystemExit as end:
-            code = end.code
+        except AlreadyToldError:
+            code = 1
     return {"report": as_json(reports[0]), "out": out.getvalue(), "code": code}
 
 
@@ -272,16 +273,10 @@ def test_other_bits_in_a_second_run_name_the_cell() -> None:
 
 
 def _broken(rank: int, world: int, group: Any, mutation: str) -> dict[str, Any]:
-    """A report on a group whose ranks can no longer work together; `examine` ends the process."""
-    del group
-    with (
-        mock.patch.object(doctor_steps, "work_for", return_value=TINY),
-        MUTATIONS[mutation](rank),
-    ):
-        board = Board.open(rank, world, QUICK.timeout)
-        report = Examination(QUICK, _session(rank, world), board).run()
-        board.leave()
-    return as_json(report)
+    """The report on a group whose ranks can no longer work together."""
+    found = _examine(rank, world, group, mutation, QUICK)
+    assert found["code"] == 1
+    return found["report"]
 
 
 def test_a_link_that_fails_names_its_pair_and_ends_the_examination() -> None:
@@ -439,6 +434,17 @@ def test_one_rank_has_no_links(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["doctor", "--quick", "--device", "cpu", "--ranks", "1"]) == 0
     assert "links" not in capsys.readouterr().out.split("seconds")[0]
     assert not dist.is_initialized()
+
+
+def test_what_is_wrong_ends_the_command_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        mock.patch.object(doctor_steps, "work_for", return_value=TINY),
+        _wrong_gradient(1),
+    ):
+        assert main(["doctor", "--quick", "--device", "cpu", "--ranks", "1"]) == 1
+    streams = capsys.readouterr()
+    assert "WRONG: ring × causal: dk is wrong on rank 0" in streams.out
+    assert "Traceback" not in streams.err
 
 
 @pytest.mark.full
