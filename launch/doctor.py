@@ -72,6 +72,8 @@ def _check(request: Request) -> None:
         folder = Path(name).absolute().parent if name else None
         if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"{flag} {name}", f"{folder} is no writable folder", "name another")
+        if name and Path(name).is_dir():
+            raise UserError(f"{flag} {name}", "is a folder", "name a file")
 
 
 def examine(request: Request, config: Config, session: Session) -> None:

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import socket
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,25 +95,28 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def compare_ranks(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each rank that differs from rank 0, and for hosts of unequal sizes."""
+    """One line for each version and device of a rank that differs from rank 0's."""
     lines = []
     first = facts[0]
+    # Drivers keep back unequal parts of memory; a host's cores may not divide evenly.
+    free = ("memory_gib",) if first["device"]["type"] == "cuda" else ("memory_gib", "cores")
     for rank, mine in enumerate(facts):
         for part in ("versions", "device"):
             names = sorted(first[part].keys() | mine[part].keys())
             for name in names:
                 want, have = first[part].get(name, "none"), mine[part].get(name, "none")
-                if want != have and (part, name) != ("device", "memory_gib"):
+                if want != have and name not in free:
                     host = mine["host"]["name"]
                     lines.append(f"rank {rank} (host {host}): {name} {have}, rank 0 has {want}")
-    # Ranks of a host are consecutive, and all hosts hold equally many: plans rely on it.
-    sizes = Counter(mine["host"]["ranks"] for mine in facts)
-    if len(sizes) > 1:
-        lines.append(
-            "hosts hold different numbers of ranks: "
-            + ", ".join(f"{count} ranks on hosts of {size}" for size, count in sizes.items())
-        )
     return lines
+
+
+def uneven_hosts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where hosts hold different numbers of ranks; plans then take smaller nodes."""
+    sizes = sorted({mine["host"]["ranks"] for mine in facts})
+    if len(sizes) == 1:
+        return []
+    return [f"hosts hold different numbers of ranks: {', '.join(map(str, sizes))}"]
 
 
 def _host_bytes() -> int:

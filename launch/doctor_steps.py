@@ -129,6 +129,7 @@ class Examination:
             return False
         self.report.facts = answers
         self.report.wrong += doctor_host.compare_ranks(answers)
+        self.report.notes += doctor_host.uneven_hosts(answers)
         return True
 
     def _links(self) -> bool:
@@ -144,11 +145,14 @@ class Examination:
             answers = self._attempt(f"links {number}", lambda f=found: self._meet(f))
             pairs = merge_round(found, answers)
             self.report.pairs += pairs
+            self.report.wrong += [
+                f"ranks {pair.ranks[0]} and {pair.ranks[1]}: {pair.error or pair.wrong}"
+                for pair in pairs
+                if pair.error or pair.wrong
+            ]
             if any(pair.error for pair in pairs):
-                break
-        self._judge_pairs()
-        if any(pair.error for pair in self.report.pairs):
-            return False
+                return False
+        self._judge_speed()
         return self._reduce()
 
     def _open(self) -> dict[str, Any]:
@@ -172,13 +176,8 @@ class Examination:
         fabric = self._trial.context.fabric(self.device)
         return meet(fabric, peer, self.device, sizes, found.lane, self.request.timeout)
 
-    def _judge_pairs(self) -> None:
-        report = self.report
-        for pair in report.pairs:
-            a, b = pair.ranks
-            if pair.wrong or pair.error:
-                report.wrong.append(f"ranks {a} and {b}: {pair.error or pair.wrong}")
-        for lane, pairs in report.lanes().items():
+    def _judge_speed(self) -> None:
+        for lane, pairs in self.report.lanes().items():
             middle = statistics.median(p.gbs for p in pairs)
             lines = [
                 f"ranks {p.ranks[0]} and {p.ranks[1]} ({lane}-node): {p.gbs:.3g} GB/s, the median "

@@ -37,6 +37,7 @@ from tests.launch.training import run_command
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
+LANES = ("intra", "inter")
 TINY = Work(
     gemm={torch.float32: 32},
     tokens=64,
@@ -150,7 +151,29 @@ def test_a_sound_group_is_right(world: int, tmp_path: Path) -> None:
     assert main(["plan", "debug", "--cluster", str(tmp_path / "cluster.yaml")]) == 0
 
 
+def test_nodes_are_measured_apart(tmp_path: Path) -> None:
+    out = tmp_path / "cluster.yaml"
+    request = Request(quick=True, timeout=30.0, out=str(out))
+    results = run_ranks(4, _examine, "two nodes", request)
+    report = results[0]["report"]
+    assert [r["code"] for r in results] == [0] * 4, results[0]["out"]
+    lanes = {lane: [p["ranks"] for p in report["pairs"] if p["lane"] == lane] for lane in LANES}
+    assert sorted(lanes["intra"]) == [[0, 1], [2, 3]]
+    assert sorted(lanes["inter"]) == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert "double_ring × causal" in report["cells"], "on the real nodes"
+    cluster = load_cluster(out)
+    assert cluster.ranks_per_node == 2
+    # Both ranks of a node exchanged at once, over one NIC.
+    assert cluster.inter.gbs == pytest.approx(2 * report["links"]["inter"]["gbs"], rel=0.01)
+
+
 # --- broken groups ---
+
+
+def _two_nodes(rank: int) -> Any:
+    """No fault: four ranks on two nodes."""
+    del rank
+    return mock.patch.object(doctor_host, "node_size", return_value=2)
 
 
 def _corrupt_bytes(rank: int) -> Any:
@@ -228,6 +251,7 @@ def _other_version(rank: int) -> Any:
 
 
 MUTATIONS: dict[str, Callable[[int], Any]] = {
+    "two nodes": _two_nodes,
     "corrupt": _corrupt_bytes,
     "broken link": _break_link,
     "gradient": _wrong_gradient,
@@ -351,6 +375,20 @@ def test_methods_that_look_at_nodes_see_two() -> None:
     assert cells_for(["causal"], 8, 4)["usp"][0].node == 4
 
 
+def test_what_may_differ_between_ranks_is_no_finding() -> None:
+    first = _gpu_measured("NVIDIA H200").facts[0]
+    less = {**first, "device": {**first["device"], "memory_gib": 139.5}}
+    assert doctor_host.compare_ranks([first, less]) == []
+    other = {**first, "device": {**first["device"], "name": "NVIDIA H100"}}
+    (line,) = doctor_host.compare_ranks([first, other])
+    assert line == "rank 1 (host a): name NVIDIA H100, rank 0 has NVIDIA H200"
+    small = {**first, "host": {**first["host"], "ranks": 4}}
+    assert doctor_host.uneven_hosts([first, first]) == []
+    assert doctor_host.uneven_hosts([first, small]) == [
+        "hosts hold different numbers of ranks: 4, 8"
+    ]
+
+
 def _gpu_measured(name: str) -> Measured:
     fact = {
         "host": {"name": "a", "ranks": 8, "cores": 96, "memory_gib": 1600.0},
@@ -409,6 +447,7 @@ def test_an_unknown_gpu_has_no_data_sheet() -> None:
         (["--timeout", "0"], "--timeout 0"),
         (["--ranks", "1", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json"),
         (["--ranks", "1", "--out", "no/such/folder/x.yaml"], "--out no/such/folder/x.yaml"),
+        (["--ranks", "1", "--out", "."], "--out ."),
     ],
 )
 def test_mistakes_are_one_line(
