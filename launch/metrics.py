@@ -9,6 +9,7 @@ A step is numbered by the optimizer steps done, so the first one is 1, and a che
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,15 +39,18 @@ class StepMetrics:
 
     Attributes:
         step: optimizer steps done.
-        loss: mean over the step's counted tokens, nats.
+        loss: mean over the step's counted tokens, nats; NaN where nothing was read.
         tokens: tokens read by the step.
         step_s: wall seconds, waiting for data included.
         tokens_per_s: tokens / step_s.
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping; NaN where the step was left out before.
         lr: learning rate of the step.
         mfu: model FLOP/s over the devices' peak; None where the peak is not known.
         degrees: ranks that shared a pack, of each round of the step; None where all packs run on
             ``parallel.cp`` ranks.
+        fault: why there was no update, such as "nonfinite: skip"; None where there was one.
+        slowest_rank: whose own work took longest; None on one rank, or without work.
+        slowest_ratio: its seconds over the median of all ranks.
     """
 
     step: int
@@ -58,6 +62,9 @@ class StepMetrics:
     lr: float
     mfu: float | None
     degrees: list[int] | None = None
+    fault: str | None = None
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,8 @@ class EvalMetrics:
 
 class MetricsWriter:
     """Appends to the run's metric files; for the one rank that writes.
+
+    JSON has no numbers that are not finite: they become null.
 
     Lines of steps after `step` are removed first, so that steps stay unique when a run goes on from
     a checkpoint older than its last line.
@@ -103,7 +112,8 @@ class MetricsWriter:
 
     def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
         file = self._files[name]
-        file.write(json.dumps(values) + "\n")
+        values = {key: _finite(value) for key, value in values.items()}
+        file.write(json.dumps(values, allow_nan=False) + "\n")
         file.flush()
         for key, value in values.items():
             if key != "step" and isinstance(value, int | float):
@@ -131,6 +141,10 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reopen(path: Path, step: int) -> TextIO:

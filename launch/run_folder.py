@@ -4,7 +4,8 @@ job                        name of the launcher's job that writes here; "" witho
 failures/                  reports of faults
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
-metrics.jsonl, eval.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
+metrics.jsonl, eval.jsonl, events.jsonl, tensorboard/, loss.png, summary.json, checkpoints/,
+profile/
 previous-N/                what an earlier run left, set aside by checkpoint.resume=never
 """
 
@@ -18,13 +19,14 @@ from typing import Any
 from ringattn.errors import UserError
 from ringattn.launch.checkpoint import find_checkpoints
 from ringattn.launch.config_load import dump_config
+from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
 from ringattn.launch.restart import JOB_FILE, job_name
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
-_STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE)
+_STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE, EVENTS_FILE)
 
 
 def open_run_folder(job: Job) -> Path:

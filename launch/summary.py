@@ -63,6 +63,7 @@ _CONTENTS = (
     ("config.yaml", "the resolved configuration"),
     ("metrics.jsonl", "one object per step"),
     ("eval.jsonl", "one object per evaluation"),
+    ("events.jsonl", "steps that went wrong, slow ranks, restarts"),
     ("loss.png", "the loss curve"),
     ("summary.json", "what is printed here"),
     ("tensorboard", "the same for TensorBoard"),

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import UserError
 from ringattn.launch.checkpoint import (
     FORMAT_VERSION,
     CheckpointState,
@@ -32,6 +31,8 @@ from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
+from ringattn.launch.step_faults import StepFaults
+from ringattn.launch.straggler import OwnWork, slowest
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
@@ -69,6 +70,9 @@ class Trainer:
             self.engine.close()
             raise
         self._saved = self.start  # the newest step whose state is stored
+        self._own_work = OwnWork(session.device)
+        self.engine.around_waits(self._own_work.pause, self._own_work.resume)
+        self.faults = StepFaults(self.config, self.mesh.world, self.mesh.rank, self._note)
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)
@@ -118,12 +122,16 @@ class Trainer:
             began = time.perf_counter()
             for batch in loader:
                 where.enter("training", batch.step + 1, watched=batch.step > self.start)
-                if control.agree().stop:
+                verdict = control.agree(unreadable=batch.error is not None)
+                if verdict.stop:
                     self._leave_early(batch.step)
                     return False, last_eval
-                profiler.before(batch.step)
-                metrics = self._train_step(batch, began)
-                profiler.after(batch.step)
+                if verdict.unreadable:
+                    metrics = self._leave_out(batch, began)
+                else:
+                    profiler.before(batch.step)
+                    metrics = self._train_step(batch, began)
+                    profiler.after(batch.step)
                 last_eval = self._after_step(metrics)
                 where.enter("loading data", batch.step + 2)
                 began = time.perf_counter()
@@ -139,12 +147,17 @@ class Trainer:
             self.job.shape.windows,
             self.degrees and self.degrees.deal,
             self.config.memory.recomputed,
+            keep_errors=True,
         )
+
+    def _save_early(self, step: int) -> None:
+        """Saves the state after `step` steps, where that is not stored yet."""
+        if step > self._saved:
+            self._save(step)
 
     def _leave_early(self, step: int) -> None:
         """Saves the state after `step` steps, for a scheduler that wants the job to end."""
-        if step > self.start and step != self._saved:
-            self._save(step)
+        self._save_early(step)
         if self._progress is not None:
             asked = self.session.request.signal or "a signal to another rank"
             self._progress.note(
@@ -155,47 +168,83 @@ class Trainer:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
         tokens, never averaged per rank: ranks hold different numbers of counted tokens."""
         valid = max(batch.valid_tokens, 1)
-        # Loss sum of this rank, and each layer's mask area, which counts once per pack.
-        layers = self.job.shape.layers
-        sums = torch.zeros(1 + layers, dtype=torch.float64, device=self.session.device)
+        # Loss sum of this rank, each layer's mask area, which counts once per pack, and seconds of
+        # own work, in a place for each rank.
+        layers, world = self.job.shape.layers, self.mesh.world.size()
+        sums = torch.zeros(1 + layers + world, dtype=torch.float64, device=self.session.device)
         areas = torch.zeros(layers, dtype=torch.float64)
         for index, micro in enumerate(batch.micro):
-            share = take_share(micro, self.session.device)
-            loss = self.engine.loss_sum(
-                share.tokens_BT, share.labels_BT, share.positions_T, share.attend
-            )
+            with self._own_work.forward():
+                share = self._own_work.timed(take_share(micro, self.session.device))
+                loss = self.engine.loss_sum(
+                    share.tokens_BT, share.labels_BT, share.positions_T, share.attend
+                )
             self.engine.backward(loss / valid, last=index == len(batch.micro) - 1)
             sums[0] += loss.detach()
             areas += torch.tensor(own_areas(micro), dtype=torch.float64)
-        sums[1:] = areas
-        rate = learning_rate(self.config.train, batch.step)
-        norm = self.engine.step(rate)
+        sums[1 : 1 + layers] = areas
+        sums[1 + layers + self.mesh.rank] = self._own_work.take()
         dist.all_reduce(sums, group=self.mesh.world)
-        loss_sum, *area = sums.tolist()
-        if not math.isfinite(loss_sum):
-            # Every rank sees the same sum. Nothing is saved after this step.
-            raise UserError(
-                f"loss={loss_sum}",
-                f"step {batch.step + 1} must have a finite loss",
-                "lower train.lr and resume from the last checkpoint",
-            )
+        loss_sum, *others = sums.tolist()
+        area, seconds = others[:layers], others[layers:]
+        loss, norm = loss_sum / valid, math.nan
+        rate = learning_rate(self.config.train, batch.step)
+        # Every rank sees the same sum and norm, and judges alike.
+        step = batch.step + 1
+        verdict = self.faults.guard.judge(step, loss)
+        if verdict.good:
+            norm = float(self.engine.step(rate))
+            verdict = self.faults.guard.judge(step, loss, norm)
+        else:
+            self.engine.discard()
+        self.faults.settle(verdict, step, loss, self.batches.position(step))
+        self.faults.name_stragglers(step, seconds)
         step_s = time.perf_counter() - began
         tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
             flops = flops_per_step(self.job.shape, tokens, [int(a) for a in area])
             mfu = flops / (step_s * self._peak * self.config.world)
+        slow_rank, slow_ratio = slowest(seconds)
         return StepMetrics(
-            step=batch.step + 1,
-            loss=loss_sum / valid,
+            step=step,
+            loss=loss,
             tokens=tokens,
             step_s=step_s,
             tokens_per_s=tokens / step_s,
-            grad_norm=float(norm),
+            grad_norm=norm,
             lr=rate,
             mfu=mfu,
             degrees=self.degrees and [micro.plan[0].world for micro in batch.micro],
+            fault=verdict.fault,
+            slowest_rank=slow_rank,
+            slowest_ratio=slow_ratio,
         )
+
+    def _leave_out(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
+        """A step that some rank could not read: all ranks call it in place of the step.
+
+        Where that ends the run, the state before the step is saved first.
+        """
+        step = batch.step + 1
+        if self.config.faults.on_data_error == "stop":
+            self._save_early(batch.step)
+        verdict = self.faults.leave_out(step, batch.error, self.batches.position(step))
+        return StepMetrics(
+            step=step,
+            loss=math.nan,
+            tokens=0,
+            step_s=time.perf_counter() - began,
+            tokens_per_s=0.0,
+            grad_norm=math.nan,
+            lr=learning_rate(self.config.train, batch.step),
+            mfu=None,
+            fault=verdict.fault,
+        )
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""
