@@ -6,6 +6,7 @@ ringattn plan CONFIG [key=value ...]
 ringattn sample RUN --prompt TEXT
 ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
+ringattn doctor [--out cluster.yaml]
 ringattn export RUN --out FOLDER
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from ringattn.errors import UserError
 from ringattn.launch.failure import run_reporting
 from ringattn.launch.main_context import add_evaluate, add_launcher, add_needles
+from ringattn.launch.main_doctor import add_doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     add_evaluate(commands)
     add_needles(commands)
+    add_doctor(commands)
     _add_export(commands)
     return parser
 
