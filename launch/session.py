@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.rendezvous import join_life
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
     if ranks.launcher == LOCAL_LAUNCHER:
         return dist.HashStore()
     handler = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
-    return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    store = cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    return join_life(store, ranks.rank, ranks.world, timeout)
 
 
 @contextmanager

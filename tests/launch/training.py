@@ -232,19 +232,25 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher."""
+def command(
+    *arguments: str, launcher: tuple[str, ...] = (), log: Path | None = None
+) -> subprocess.Popen[str]:
+    """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher.
+
+    Its output goes to pipes, or is appended to the file `log`.
+    """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(key, None)
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "ringattn.launch", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, "-m", "ringattn.launch", *arguments],
+            stdout=output,
+            stderr=output,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int, str, str]:
