@@ -15,6 +15,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.control import StopRequest
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.rendezvous import join_life
 from ringattn.launch.whereabouts import Whereabouts
 
 
