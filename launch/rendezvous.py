@@ -1,9 +1,9 @@
 """The ranks of one life of a job find each other in a store that earlier lives have used.
 
 A launcher that restarts ranks may keep its store, and with it what their predecessors wrote:
-addresses of processes that are gone, and who failed first. torchrun does (PyTorch 2.11 to 2.13), and
-the numbers that it gives to restarts need not be the same on all nodes. So every rank says hello
-under a name of its own that no predecessor can have used, and rank 0 answers each by that name.
+addresses of processes that are gone, and who failed first. torchrun of PyTorch 2.13 does, and the
+numbers that it gives to restarts need not be the same on all nodes. So every rank says hello under
+a name of its own that no predecessor can have used, and rank 0 answers each by that name.
 """
 
 import time

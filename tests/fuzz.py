@@ -54,7 +54,9 @@ def run_case(seed: int) -> Outcome:
         return Outcome(seed, "failed", str(error))
     wrong = {name: error for name, error in errors.items() if not error <= 1}
     if wrong:
-        return Outcome(seed, "failed", f"errors in parts of those allowed {wrong}\n{draw_case(seed)}")
+        return Outcome(
+            seed, "failed", f"errors in parts of those allowed {wrong}\n{draw_case(seed)}"
+        )
     return Outcome(seed, "ok")
 
 
@@ -79,7 +81,9 @@ def outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
                     _end(pool)
                     if len(batch) == 1:
                         lost.pop()
-                        reason = "it hangs" if isinstance(error, TimeoutError) else "its process died"
+                        reason = (
+                            "it hangs" if isinstance(error, TimeoutError) else "its process died"
+                        )
                         yield Outcome(batch[0], "failed", f"{reason}\n{draw_case(batch[0])}")
         batches, jobs = [[seed] for batch in lost for seed in batch], 1
 

@@ -9,7 +9,8 @@ import ringattn as ra
 from ringattn import UserError
 from tests.core.cases import Inputs
 from tests.core.exactness import poisoned_memory, same_bits, simulate_plan
-from tests.core.fuzz_cases import FuzzCase, draw_case, rules_broken, torch_dtype
+from tests.core.fuzz_cases import draw_case, rules_broken
+from tests.core.fuzz_sound import FuzzCase, torch_dtype
 
 ALLOWED = {"float64": 1e-13, "float32": 16 * 2**-24, "bfloat16": 2**-7, "float16": 2**-10}
 """Error of a tensor, relative to its own size and to that of the terms that it is a sum of."""

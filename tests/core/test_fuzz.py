@@ -12,9 +12,10 @@ import torch
 
 from ringattn import UserError
 from tests.core import faults
-from tests.core.fuzz_cases import LAYOUTS, METHODS, draw_case, rules_broken
+from tests.core.fuzz_cases import draw_case, rules_broken
 from tests.core.fuzz_check import check_seed
 from tests.core.fuzz_masks import KINDS
+from tests.core.fuzz_sound import LAYOUTS, METHODS
 from tests.fuzz import MOST_REFUSED, PER_SEED, run_case
 from tests.grid import run_grid
 

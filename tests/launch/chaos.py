@@ -2,10 +2,10 @@
 
     found = Chaos(config, run_dir, reference, ...).run(draw_kills(seed, 5))
 
-Ranks are killed by SIGKILL and restarted by the launcher; a killed job (launcher and all) is started
-again by the same command. At every kill the newest complete checkpoint must load and hold, bit by
-bit, what the undisturbed run had at that step, and none that was complete may be gone unless newer
-ones pushed it out.
+Ranks are killed by SIGKILL and restarted by the launcher; a killed job (launcher and all) is
+started again by the same command. At every kill the newest complete checkpoint must load and hold,
+bit by bit, what the undisturbed run had at that step, and none that was complete may be gone unless
+newer ones pushed it out.
 """
 
 import os

@@ -88,8 +88,8 @@ def test_many_kills(
         folders=("ringattn", "kernels", "parallel", "launch"),
         axes=("kills",),
         seconds=grid_seconds,
-        note=f"Each case is a run of {STEPS} steps under torchrun with {KILLS} kills (SIGKILL) of a "
-        "rank or of the whole job, drawn from its seed: while ranks start, between steps and "
+        note=f"Each case is a run of {STEPS} steps under torchrun with {KILLS} SIGKILLs of a rank "
+        "or of the whole job, drawn from its seed: while ranks start, between steps and "
         "while a checkpoint is written. Metrics and the final checkpoint equal the undisturbed "
         "run's bit by bit, and so does the newest complete checkpoint at every kill.",
     )
