@@ -52,20 +52,50 @@ class Kill:
 
 
 @dataclass
-class Disturbed:
-    """What was seen of a disturbed run.
+class Witness:
+    """Holds the checkpoints of a disturbed run against those of the undisturbed one.
 
     Attributes:
+        run_dir, reference: folders of the runs; the reference has all of its checkpoints.
+        keep: ``checkpoint.keep`` of the disturbed run, at least 1.
         seen: steps of all checkpoints that were complete at some moment.
         at_kill: newest complete step at each kill; None before the first checkpoint.
         partial: kills at which a half-written checkpoint was lying there.
         resumed: first step that each later life printed, where it printed one out of turn.
     """
 
+    run_dir: Path
+    reference: Path
+    keep: int
     seen: set[int] = field(default_factory=set)
     at_kill: list[int | None] = field(default_factory=list)
     partial: int = 0
     resumed: list[int] = field(default_factory=list)
+
+    def look(self) -> None:
+        """After a kill: the newest complete checkpoint loads and is the undisturbed run's."""
+        self.partial += self.saves()
+        complete = find_checkpoints(self.run_dir)
+        self.at_kill.append(_number(complete[-1]) if complete else None)
+        if complete:
+            newest = complete[-1]
+            assert read_state(newest).step == _number(newest)
+            like = self.reference / "checkpoints" / newest.name
+            assert same_tensors(newest, like), f"{newest.name} is not that of the undisturbed run"
+        self.note_complete()
+
+    def note_complete(self) -> None:
+        """Remembers what is complete; nothing that was may be lost but to `keep` newer ones."""
+        present = {_number(path) for path in find_checkpoints(self.run_dir)}
+        for step in self.seen - present:
+            newer = [other for other in present if other > step]
+            assert len(newer) >= self.keep, f"checkpoint of step {step} is lost; left: {present}"
+        self.seen |= present
+
+    def saves(self) -> bool:
+        """Whether a checkpoint is being written, or one lies there that a kill left."""
+        folder = self.run_dir / "checkpoints"
+        return folder.is_dir() and any(folder.glob(".step-*.partial"))
 
 
 def draw_kills(seed: int, count: int) -> list[Kill]:
@@ -143,19 +173,19 @@ class Chaos:
         self, config: Path, run_dir: Path, reference: Path, *, steps: int, keep: int, world: int,
         launcher: tuple[str, ...], log: Path, seed: int, arguments: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.config, self.run_dir, self.reference = config, run_dir, reference
-        self.steps, self.keep, self.world = steps, keep, world
+        self.config, self.run_dir = config, run_dir
+        self.steps, self.world = steps, world
         self.launcher, self.log, self.arguments = launcher, log, arguments
-        self.rng, self.found = random.Random(seed), Disturbed()
+        self.rng, self.found = random.Random(seed), Witness(run_dir, reference, keep)
         self.process = self._start()
 
-    def run(self, kills: list[Kill]) -> Disturbed:
+    def run(self, kills: list[Kill]) -> Witness:
         """Carries out all kills in turn and waits for the end of the run."""
         try:
             for kill in kills:
                 self._wait_for(kill)
                 self._carry_out(kill)
-                self._look()
+                self.found.look()
                 if kill.job:
                     self.process = self._start()
             self._until(lambda: self.process.poll() is not None, "the end", ends=True)
@@ -185,7 +215,7 @@ class Chaos:
         self._until(lambda: self._step() >= target, f"step {target}")
         if kill.aim == "step":
             return self._linger(0.1)
-        self._until(self._saves, "a save")
+        self._until(self.found.saves, "a save")
         return self._linger(0.03)
 
     def _carry_out(self, kill: Kill) -> None:
@@ -204,31 +234,6 @@ class Chaos:
                 continue
         self.process.wait()
         self._until(lambda: not any(_alive(pid) for pid in everyone), "their end", ends=True)
-
-    def _look(self) -> None:
-        """Holds what lies there against the undisturbed run."""
-        self.found.partial += self._saves()
-        complete = find_checkpoints(self.run_dir)
-        self.found.at_kill.append(_number(complete[-1]) if complete else None)
-        if complete:
-            newest = complete[-1]
-            assert read_state(newest).step == _number(newest)
-            like = self.reference / "checkpoints" / newest.name
-            assert same_tensors(newest, like), f"{newest.name} is not that of the undisturbed run"
-        self._note_complete()
-
-    def _note_complete(self) -> None:
-        """Remembers what is complete; nothing that was may be lost but to `keep` newer ones."""
-        present = {_number(path) for path in find_checkpoints(self.run_dir)}
-        for step in self.found.seen - present:
-            newer = [other for other in present if other > step]
-            assert len(newer) >= self.keep, f"checkpoint of step {step} is lost; left: {present}"
-        self.found.seen |= present
-
-    def _saves(self) -> bool:
-        """Whether a checkpoint is being written."""
-        folder = self.run_dir / "checkpoints"
-        return folder.is_dir() and any(folder.glob(".step-*.partial"))
 
     def _step(self) -> int:
         lines = read_lines(self.run_dir / METRICS_FILE)
@@ -249,7 +254,7 @@ class Chaos:
                 why = "the run ended" if over else f"nothing for {STALL_S:g} s"
                 raise AssertionError(self._fail(f"{why}, waiting for {what}"))
             if time.monotonic() - looked > 0.05:
-                self._note_complete()
+                self.found.note_complete()
                 looked = time.monotonic()
             time.sleep(POLL_S)
 

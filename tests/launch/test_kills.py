@@ -4,13 +4,21 @@ Kills are drawn from seeds and carried out at moments that the machine's speed d
 leave behind is checked at every kill: `tests/launch/chaos.py`.
 """
 
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ringattn.errors import UserError
+from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.metrics import METRICS_FILE
 from tests.grid import run_grid
-from tests.launch.chaos import TORCHRUN, Chaos, Disturbed, Kill, assert_same_run, draw_kills
+from tests.launch.chaos import TORCHRUN, Chaos, Kill, Witness, assert_same_run, draw_kills
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus, write_config
 
 pytestmark = pytest.mark.timeout(300)
@@ -41,7 +49,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _disturb(
     folder: Path, corpus: Path, undisturbed: Path, kills: list[Kill], seed: int
-) -> Disturbed:
+) -> Witness:
     run_dir = folder / "run"
     values = _values(corpus, run_dir)
     chaos = Chaos(
@@ -63,6 +71,58 @@ def test_a_rank_killed_while_it_saves(
     assert found.partial, "the kill hit no save"
 
 
+def _flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+BREAKS: dict[str, Callable[[Path], object]] = {
+    "a bit is flipped": lambda step: _flip(next(step.glob("*.distcp"))),
+    "a file is cut": lambda step: os.truncate(next(step.glob("*.distcp")), 500),
+    "a file is gone": lambda step: next(step.glob("*.distcp")).unlink(),
+    "the whole checkpoint is gone": shutil.rmtree,
+    "an older one stands in its place": lambda step: shutil.copytree(
+        step.with_name("step-000056"), step, dirs_exist_ok=True
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", BREAKS)
+def test_a_witness_notices(harm: str, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    witness = Witness(tmp_path / "run", undisturbed, KEEP)
+    witness.look()
+    assert witness.at_kill == [STEPS]
+    BREAKS[harm](tmp_path / "run" / "checkpoints" / f"step-{STEPS:06d}")
+    with pytest.raises((AssertionError, UserError)):
+        witness.look()
+
+
+def test_a_witness_lets_old_checkpoints_go(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    witness = Witness(tmp_path / "run", undisturbed, KEEP)
+    witness.look()
+    for old in find_checkpoints(tmp_path / "run")[:-KEEP]:
+        shutil.rmtree(old)
+    witness.look()
+    assert_same_run(tmp_path / "run", undisturbed)
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[0])
+    with pytest.raises(AssertionError, match="is lost"):
+        witness.look()
+
+
+def test_another_loss_is_another_run(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    metrics = tmp_path / "run" / METRICS_FILE
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[7]["loss"] = math.nextafter(lines[7]["loss"], 9.0)
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "run", undisturbed)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_many_kills(
@@ -78,6 +138,8 @@ def test_many_kills(
         found = _disturb(
             folder, corpus, undisturbed, draw_kills(case["seed"], case["kills"]), case["seed"]
         )
+        jobs = sum(kill.job for kill in draw_kills(case["seed"], case["kills"]))
+        print(f"{case}: {jobs} of whole jobs, {found.partial} amid a save, {found.at_kill=}")
         return {"kills not carried out": case["kills"] - len(found.at_kill)}
 
     run_grid(
