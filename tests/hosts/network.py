@@ -26,6 +26,7 @@ from tests.hosts.namespaces import ip
 
 _SUBNET, _DEAD_END = "10.77.0", "10.78.0"
 _BRIDGE = "bridge"
+_LOCALHOST = "127.0.0.1 localhost\n::1 localhost\n"
 _RELAY = Path(__file__).with_name("relay.py")
 
 
@@ -98,10 +99,13 @@ class Host:
 
         Other hosts with such an interface seem to be in its subnet: what is sent there vanishes.
         """
-        address = f"{_DEAD_END}.{self.index + 1}"
-        ip("-n", self.namespace, "link", "add", name, "type", "dummy")
+        address, nowhere = f"{_DEAD_END}.{self.index + 1}", f"{name}-{self.index}"
+        peer = ("peer", "name", nowhere, "netns", self.switch)
+        ip("-n", self.namespace, "link", "add", name, "type", "veth", *peer)
+        ip("-n", self.switch, "link", "set", nowhere, "up")
         ip("-n", self.namespace, "address", "add", f"{address}/24", "dev", name)
-        ip("-n", self.namespace, "link", "set", name, "up")
+        # Without ARP nobody finds out that there is nobody, as behind a firewall that drops.
+        ip("-n", self.namespace, "link", "set", name, "up", "arp", "off")
         return address
 
     def shape(
@@ -199,7 +203,7 @@ def open_network(count: int) -> Iterator[Network]:
         ip("-n", switch, "link", "set", _BRIDGE, "up")
         for host in hosts:
             stack.callback(host._close)
-            namespaces.make(host.namespace, f"127.0.0.1 localhost\n::1 localhost\n{known}")
+            namespaces.make(host.namespace, _LOCALHOST + known)
             _plug_in(host)
         yield Network(hosts=hosts)
 
