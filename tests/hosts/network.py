@@ -177,8 +177,12 @@ class Network:
 
 
 @contextmanager
-def open_network(count: int) -> Iterator[Network]:
+def open_network(count: int, *, loopback_names: bool = False) -> Iterator[Network]:
     """`count` hosts joined by a switch; at the end all that runs on them is killed.
+
+    Args:
+        count: number of hosts.
+        loopback_names: every host resolves its own name to 127.0.1.1, as Debian sets hosts up.
 
     Raises:
         RuntimeError: the kernel refuses; `namespaces.refusal` says so beforehand.
@@ -195,7 +199,6 @@ def open_network(count: int) -> Iterator[Network]:
         )
         for index in range(count)
     )
-    known = "".join(f"{host.address} {host.name}\n" for host in hosts)
     with ExitStack() as stack:
         stack.callback(namespaces.remove, switch)
         namespaces.make(switch, "127.0.0.1 localhost switch\n")
@@ -203,9 +206,15 @@ def open_network(count: int) -> Iterator[Network]:
         ip("-n", switch, "link", "set", _BRIDGE, "up")
         for host in hosts:
             stack.callback(host._close)
-            namespaces.make(host.namespace, _LOCALHOST + known)
+            namespaces.make(host.namespace, _names(hosts, host if loopback_names else None))
             _plug_in(host)
         yield Network(hosts=hosts)
+
+
+def _names(hosts: Sequence[Host], hidden: Host | None) -> str:
+    """``/etc/hosts``; the name of `hidden` leads to the loopback."""
+    known = [(host.address if host is not hidden else "127.0.1.1", host.name) for host in hosts]
+    return _LOCALHOST + "".join(f"{address} {name}\n" for address, name in known)
 
 
 def _plug_in(host: Host) -> None:
