@@ -19,8 +19,8 @@ class RunConfig:
             share its GPUs, with messages staged through host memory: slow, for tests; "auto" takes
             the first of "cuda", "cuda_shared" and "cpu" that the host can run.
         timeout_s: seconds a collective waits for another rank before the run fails.
-        interface: network interface that ranks of several hosts talk over, such as eth0 or ib0; null
-            takes the one that leads to MASTER_ADDR.
+        interface: network interface that ranks of several hosts talk over, such as eth0 or ib0;
+            null takes the one that leads to MASTER_ADDR.
     """
 
     dir: str = "runs/default"

@@ -181,27 +181,6 @@ def check_engine(config: Config, *, shared_gpu: bool) -> None:
         require_deepspeed()
 
 
-def check_world(config: Config, world: int) -> None:
-    """Checks dp × cp against the number of ranks that a launcher started.
-
-    Raises:
-        UserError: on every rank alike.
-    """
-    dp, cp = config.parallel.dp, config.parallel.cp
-    if world % cp:
-        raise UserError(
-            f"parallel.cp={cp}",
-            f"must divide the launcher's world size {world}",
-            f"set parallel.cp to a divisor of {world}, or start {dp * cp} ranks",
-        )
-    if dp * cp != world:
-        raise UserError(
-            f"parallel.dp={dp}",
-            f"dp × cp = {dp * cp} must equal the launcher's world size {world}",
-            f"set parallel.dp={world // cp}, or start {dp * cp} ranks",
-        )
-
-
 def _check_degrees(config: Config) -> None:
     """Packs may run on fewer ranks where those divide cp and where a cluster predicts times."""
     cp, least = config.parallel.cp, config.parallel.min_cp

@@ -97,6 +97,11 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="check everything (a missing corpus is prepared), print the resolved configuration, "
         "train nothing",
     )  # fmt: skip
+    train.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="without a launcher: after a failure start the ranks again, up to N times; they go on "
+        "from the newest checkpoint",
+    )  # fmt: skip
     train.set_defaults(run=_train)
 
 
@@ -200,7 +205,11 @@ def _train(arguments: argparse.Namespace) -> int:
         check_before_start(config)
         print(dump_config(config), end="")
         return 0
-    return train(config)
+    if arguments.max_restarts < 0:
+        raise UserError(
+            f"--max-restarts={arguments.max_restarts}", "must be at least 0", "leave it out"
+        )
+    return train(config, max_restarts=arguments.max_restarts)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

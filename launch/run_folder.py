@@ -1,5 +1,7 @@
 """The run folder: what it holds before the first step.
 
+job                        name of the launcher's job that writes here; "" without one
+failures/                  reports of faults
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
 metrics.jsonl, eval.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
@@ -7,6 +9,7 @@ previous-N/                what an earlier run left, set aside by checkpoint.res
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +21,7 @@ from ringattn.launch.config_load import dump_config
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
+from ringattn.launch.restart import JOB_FILE, job_name
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
 _STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE)
@@ -40,6 +44,7 @@ def open_run_folder(job: Job) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if job.checkpoint is None and find_checkpoints(folder):
             _set_aside(folder)
+        (folder / JOB_FILE).write_text(job_name(os.environ), encoding="utf-8")
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")
         model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}
         (folder / "model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")

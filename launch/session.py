@@ -1,9 +1,10 @@
 """The process of one rank: device, threads, process group."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ import torch.distributed as dist
 
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
+from ringattn.launch.control import StopRequest
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +26,16 @@ class Session:
         ranks: its place in the job.
         device: its device. shared: whether other ranks use the same GPU.
         timeout: how long a collective waits for a missing rank.
+        where: what this rank does, kept up to date for reports.
+        request: whether a scheduler wants the job to save and end.
     """
 
     ranks: Ranks
     device: torch.device
     timeout: timedelta
     shared: bool = False
+    where: Whereabouts = field(default_factory=Whereabouts)
+    request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def is_main(self) -> bool:
@@ -83,15 +90,35 @@ def place_ranks(config: Config, local_world: int) -> Placement:
 
 
 def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """The key-value store that the job's ranks share. Waits for the rank that hosts it."""
+    """The key-value store that the job's ranks share. Waits for the rank that hosts it.
+
+    Raises:
+        UserError: it cannot be reached, or ranks are missing.
+    """
     if ranks.launcher == LOCAL_LAUNCHER:
         return dist.HashStore()
-    handler = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
-    return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    try:
+        handler = dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)
+        return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT={address}",
+            f"rank {ranks.rank} on host {socket.gethostname()} could not meet the other ranks "
+            f"there within {timeout.total_seconds():g} s ({reason})",
+            "check that every rank was started and that its host reaches this address",
+        ) from None
 
 
 @contextmanager
-def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Session]:
+def open_session(
+    config: Config,
+    ranks: Ranks,
+    store: dist.Store,
+    where: Whereabouts | None = None,
+    request: StopRequest | None = None,
+) -> Iterator[Session]:
     """Sets up this process as a rank and joins the default process group; leaves it at the end.
 
     Sets the number of CPU threads and the deterministic mode, which are properties of the process
@@ -118,7 +145,14 @@ def open_session(config: Config, ranks: Ranks, store: dist.Store) -> Iterator[Se
     )
     finished = False
     try:
-        yield Session(ranks=ranks, device=device, timeout=timeout, shared=placement.shared)
+        yield Session(
+            ranks=ranks,
+            device=device,
+            timeout=timeout,
+            shared=placement.shared,
+            where=where or Whereabouts(),
+            request=request or StopRequest(),
+        )
         finished = True
     finally:
         # After a failure peers may be gone, and an orderly shutdown would wait for them.

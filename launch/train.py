@@ -5,36 +5,61 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ringattn.launch.config import Config
-from ringattn.launch.config_check import check_config, check_world
-from ringattn.launch.failure import claim_failure, run_reporting
+from ringattn.launch.config_check import check_config
+from ringattn.launch.control import StopRequest, heeding_signals
+from ringattn.launch.elastic import describe_fit, fit_to_world
+from ringattn.launch.failure import Failure, print_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
-from ringattn.launch.ranks import Ranks, discover_ranks, start_local_ranks
+from ringattn.launch.local_ranks import start_local_ranks
+from ringattn.launch.monitor import Monitor
+from ringattn.launch.ranks import Ranks, discover_ranks
+from ringattn.launch.restart import resume_after_restart
 from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
+from ringattn.launch.whereabouts import Whereabouts
 
 _REPORT_GRACE_S = 10.0
 
+Body = Callable[[Config, Session], None]
 
-def train(config: Config) -> int:
+
+def train(config: Config, *, max_restarts: int = 0) -> int:
     """Trains under the launcher that started this process, or on local ranks of its own.
 
     Everything that can be checked without ranks is checked before any is started.
 
+    Args:
+        config: the run.
+        max_restarts: without a launcher, ranks are started again so often after a failure.
+
     Returns:
-        The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
+        The exit code: 0, also after a preemption; 2 for a mistake of the user, else of the rank
+        that failed first.
     """
-    return on_ranks(config, _train_rank, partial(check_before_start, config))
+    return on_ranks(
+        config,
+        _train_rank,
+        partial(check_before_start, config),
+        max_restarts=max_restarts,
+        preemptible=True,
+    )
 
 
 def on_ranks(
-    config: Config, body: Callable[[Config, Session], None], check: Callable[[], None]
+    config: Config,
+    body: Body,
+    check: Callable[[], None],
+    *,
+    max_restarts: int = 0,
+    preemptible: bool = False,
 ) -> int:
     """Runs `body` as one rank of the launcher that started this process, or on local ranks.
 
@@ -42,19 +67,29 @@ def on_ranks(
         config: dp × cp ranks, device, timeout.
         body: what a rank does; picklable.
         check: called once before local ranks are started; raises UserError.
+        max_restarts: local ranks are started again so often after a failure.
+        preemptible: `body` looks at ``Session.request`` and ends in order when it is set.
 
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
     ranks = discover_ranks(os.environ)
     if ranks is not None:
-        return _run_rank(config, ranks, body)
+        return _run_rank(config, ranks, body, preemptible)
     code = run_reporting(check)
     if code:
         return code
-    if config.world == 1:
-        return _run_rank(config, Ranks(), body)
-    return start_local_ranks(config.world, local_rank, config, body)
+    if config.world == 1 and not max_restarts:
+        return _run_rank(config, Ranks(), body, preemptible)
+    return start_local_ranks(
+        config.world,
+        local_rank,
+        config,
+        body,
+        preemptible,
+        max_restarts=max_restarts,
+        preemptible=preemptible,
+    )
 
 
 def _train_rank(config: Config, session: Session) -> None:
@@ -83,43 +118,57 @@ def check_before_start(config: Config) -> None:
         )
 
 
-def local_rank(config: Config, body: Callable[[Config, Session], None]) -> None:
+def local_rank(config: Config, body: Body, preemptible: bool) -> None:
     """The body of a process that `start_local_ranks` started; ends it with its exit code."""
     ranks = discover_ranks(os.environ)
     assert ranks is not None, "the elastic agent sets torchrun's variables"
     # Ctrl-C reaches every process of the terminal; the parent reports it and ends the ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _leave(_run_rank(config, ranks, body))
+    _run_rank(config, ranks, body, preemptible)
 
 
-def _run_rank(config: Config, ranks: Ranks, work: Callable[[Config, Session], None]) -> int:
+def _run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool) -> int:
     """Works as one rank; reports a failure at most once per job."""
     timeout = timedelta(seconds=config.run.timeout_s)
-    stores: list[dist.Store] = []
+    monitors: list[Monitor] = []
 
-    def claim(code: int) -> int | None:
-        if not stores:
-            # Until ranks can talk, all of them make the same checks: the first one reports. The
-            # others stay a moment, because a launcher stops every rank once one has ended.
-            if ranks.rank == 0:
-                return None
-            time.sleep(_REPORT_GRACE_S)
-            return code
-        return claim_failure(stores[0], ranks.rank, code)
+    def report(failure: Failure) -> int:
+        return monitors[0].report(failure) if monitors else _report_alone(failure, ranks)
 
     def body() -> None:
         check_config(config)
-        check_world(config, ranks.world)
-        stores.append(open_store(ranks, timeout))
-        with open_session(config, ranks, stores[0]) as session:
-            work(config, session)
+        fitted = fit_to_world(config, ranks.world)
+        if ranks.rank == 0 and (note := describe_fit(config, fitted)):
+            print(note, file=sys.stderr, flush=True)
+        fitted = resume_after_restart(fitted, os.environ)
+        store, where = open_store(ranks, timeout), Whereabouts()
+        monitors.append(Monitor(ranks, store, config.run.timeout_s, where, Path(config.run.dir)))
+        with monitors[0], open_session(fitted, ranks, store, where, request) as session:
+            work(fitted, session)
 
-    return run_reporting(body, rank=ranks.rank if ranks.world > 1 else None, claim=claim)
+    # A launcher also sends SIGTERM to the ranks that are left when one has failed: they must live
+    # until the report is out.
+    with heeding_signals() if preemptible else nullcontext(StopRequest()) as request:
+        code = run_reporting(body, report)
+    if code and ranks.world > 1:
+        _leave(code)
+    return code
+
+
+def _report_alone(failure: Failure, ranks: Ranks) -> int:
+    """Reports what went wrong before ranks could talk.
+
+    All of them make the same checks, so that a mistake is told by the first one alone. The others
+    stay a moment, because a launcher stops every rank once one has ended.
+    """
+    if failure.quiet and ranks.rank:
+        time.sleep(_REPORT_GRACE_S)
+        return failure.code
+    return print_failure(failure)
 
 
 def _leave(code: int) -> None:
     """Ends a rank at once after a failure: threads that wait for peers would hold it up."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)
+    os._exit(code)

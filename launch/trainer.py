@@ -3,8 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,8 @@ from ringattn.launch.checkpoint import (
     load_tensors,
     save_checkpoint,
 )
-from ringattn.launch.data_loader import StepBatch
+from ringattn.launch.control import StepControl
+from ringattn.launch.data_loader import Loader, StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
@@ -63,10 +62,13 @@ class Trainer:
         try:
             self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
             self.degrees = open_degrees(job, self.cp, session.timeout, staged)
+            contexts = [self.cp] if self.degrees is None else self.degrees.contexts.values()
+            session.where.places += [context.place for context in contexts]
             self.start, origin = self._restore()
         except BaseException:
             self.engine.close()
             raise
+        self._saved = self.start  # the newest step whose state is stored
         self.batches = step_batches(self.config, self.start, origin)
         self.run_dir = Path(self.config.run.dir)
         self._peak = peak_flops(session.device)
@@ -87,38 +89,67 @@ class Trainer:
             self._writer = MetricsWriter(self.run_dir, self.start)
             self._progress = ProgressLine(self.start, train.steps, train.log_every)
         self.session.barrier()
-        steps = range(self.start, train.steps)
-        trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
-        loader = open_loader(
-            self.job.train,
-            self.batches,
-            self.cp,
-            self.mesh.dp_rank,
-            steps,
-            self.job.shape.windows,
-            self.degrees and self.degrees.deal,
-            self.config.memory.recomputed,
-        )
-        last_eval = None
+        last_eval, finished = None, False
         try:
-            with loader, StepProfiler(train.profile_steps, trace) as profiler:
-                began = time.perf_counter()
-                for batch in loader:
-                    with _naming_step(batch.step + 1):
-                        profiler.before(batch.step)
-                        metrics = self._train_step(batch, began)
-                        profiler.after(batch.step)
-                        last_eval = self._after_step(metrics)
-                    began = time.perf_counter()
-            if self.start == train.steps:
+            finished, last_eval = self._run_steps()
+            if finished and self.start == train.steps:
                 last_eval = self._evaluate(train.steps, record=False)
         finally:
             for part in (self._progress, self._writer):
                 if part is not None:
                     part.close()
-        if self.session.is_main:
+        self.session.where.enter("finishing")
+        if self.session.is_main and finished:
             write_summary(self.job, self.engine.whole_model(), last_eval)
         self.session.barrier()
+
+    def _run_steps(self) -> tuple[bool, EvalMetrics | None]:
+        """Trains from ``self.start`` on.
+
+        Returns:
+            Whether the last step is done, else a scheduler wants the job to end and its state is
+            saved; and the last step's evaluation.
+        """
+        train, where = self.config.train, self.session.where
+        trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
+        control = StepControl(self.mesh.world, self.session.request)
+        last_eval = None
+        with self._open_loader() as loader, StepProfiler(train.profile_steps, trace) as profiler:
+            began = time.perf_counter()
+            for batch in loader:
+                where.enter("training", batch.step + 1, watched=batch.step > self.start)
+                if control.agree().stop:
+                    self._leave_early(batch.step)
+                    return False, last_eval
+                profiler.before(batch.step)
+                metrics = self._train_step(batch, began)
+                profiler.after(batch.step)
+                last_eval = self._after_step(metrics)
+                where.enter("loading data", batch.step + 2)
+                began = time.perf_counter()
+        return True, last_eval
+
+    def _open_loader(self) -> Loader[LayerPlans]:
+        return open_loader(
+            self.job.train,
+            self.batches,
+            self.cp,
+            self.mesh.dp_rank,
+            range(self.start, self.config.train.steps),
+            self.job.shape.windows,
+            self.degrees and self.degrees.deal,
+            self.config.memory.recomputed,
+        )
+
+    def _leave_early(self, step: int) -> None:
+        """Saves the state after `step` steps, for a scheduler that wants the job to end."""
+        if step > self.start and step != self._saved:
+            self._save(step)
+        if self._progress is not None:
+            asked = self.session.request.signal or "a signal to another rank"
+            self._progress.note(
+                f"stopped after step {step} ({asked}); the same command goes on from there"
+            )
 
     def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
@@ -185,6 +216,7 @@ class Trainer:
         """Held-out loss, recorded unless an earlier process did; None without a held-out split."""
         if self.job.heldout is None:
             return None
+        self.session.where.enter("evaluating", step)
         result = evaluate(
             self.engine,
             self.job.heldout,
@@ -201,6 +233,8 @@ class Trainer:
         return result
 
     def _save(self, step: int) -> None:
+        self.session.where.enter("saving", step)
+        self._saved = step
         state = CheckpointState(
             format_version=FORMAT_VERSION,
             step=step,
@@ -234,13 +268,3 @@ class Trainer:
         self.engine.load(lambda tensors: load_tensors(path, {**tensors, _RNG: rng}))
         torch.set_rng_state(rng)
         return state.step, state.position
-
-
-@contextmanager
-def _naming_step(step: int) -> Iterator[None]:
-    """Notes on a fault in which step it happened; the report prints notes."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"step {step}")
-        raise

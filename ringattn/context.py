@@ -21,6 +21,7 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.parallel.fabric import Fabric, ProcessGroupFabric, backend_of
+from ringattn.place import Place
 from ringattn.parallel.staged import StagedFabric, check_staging
 from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
 from ringattn.plan import Plan, Settings
@@ -105,7 +106,7 @@ class ContextParallel:
         checks.is_duration(timeout)
         check_staging(staged, self.group)
         self.staged = staged
-        self.arena, self.agreements = Arena(), Agreements()
+        self.arena, self.agreements, self.place = Arena(), Agreements(), Place()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._layouts: OrderedDict[str, Layout] = OrderedDict()

@@ -13,6 +13,7 @@ from ringattn.errors import CommunicationError
 from ringattn.kernels.block_matrix import Selection
 from ringattn.kernels.merge import accumulator_dtype, merge_partial
 from ringattn.parallel.fabric import Fabric, Handle
+from ringattn.place import Place
 from ringattn.program import Exchange, Message, Part, Program, Step
 from ringattn.schedule import ACCUMULATORS, Channel, Lane, Op, Wire
 
@@ -82,6 +83,7 @@ class Run:
         scale, softcap: of the logits.
         selection: blocks selected at run time, for plans of routed masks.
         saved: the slots that the forward left, for a backward that starts from them.
+        place: follows the run, also when it fails.
     """
 
     program: Program
@@ -92,6 +94,7 @@ class Run:
     softcap: float | None
     selection: Selection | None = None
     saved: Slots = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
     _flying: dict[int, _Flight] = field(default_factory=dict)
     _spare: list[torch.Tensor] = field(default_factory=list)
     _whole: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -119,12 +122,14 @@ class Run:
         """Runs every step."""
         name = self.program.schedule.direction
         for index, step in enumerate(self.program.steps):
+            self.place.at(name, index)
             with record_function(f"ringattn {name} step {index} post"):
                 self.post(index, step)
             with record_function(f"ringattn {name} step {index} compute"):
                 self.compute(step)
             with record_function(f"ringattn {name} step {index} land"):
                 self.land(index, step)
+        self.place.leave()
 
     def post(self, index: int, step: Step) -> None:
         """Captures the sources of the step's moves and starts their exchanges."""
@@ -147,6 +152,7 @@ class Run:
 
     def compute(self, step: Step) -> None:
         """Launches the step's kernels, one per distinct operand tuple."""
+        self.place.move = None
         options = {"scale": self.scale, "softcap": self.softcap, "selection": self.selection}
         kernel = self.program.kernel
         for launch in step.launches:
@@ -185,6 +191,7 @@ class Run:
     @contextmanager
     def _naming(self, index: int, exchange: Exchange) -> Iterator[None]:
         """Turns a failure of the fabric into an error that names rank, step and move."""
+        self.place.at(self.program.schedule.direction, index, exchange.tag)
         try:
             yield
         except RuntimeError as error:

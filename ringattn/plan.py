@@ -298,4 +298,14 @@ class Plan:
         fabric = context.fabric(device)
         context.agreements.ensure(self.digest, fabric)
         fabric.open(program.classes)
-        return Run(program, fabric, context.arena, home, scale, softcap, selection, saved or {})
+        return Run(
+            program,
+            fabric,
+            context.arena,
+            home,
+            scale,
+            softcap,
+            selection,
+            saved or {},
+            context.place,
+        )
