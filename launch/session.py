@@ -15,6 +15,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.control import StopRequest
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.reach import check_reach
 from ringattn.launch.whereabouts import Whereabouts
 
 
@@ -125,7 +126,7 @@ def open_session(
     and put back at the end, and the current CUDA device.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or hosts cannot reach each other.
     """
     timeout = timedelta(seconds=config.run.timeout_s)
     placement = place_ranks(config, ranks.local_world)
@@ -140,6 +141,7 @@ def open_session(
         device = torch.device("cuda", ranks.local_rank % placement.gpus)
         torch.cuda.set_device(device)
         backend = "gloo" if placement.shared else "cpu:gloo,cuda:nccl"
+    check_reach(ranks, store, os.environ, config.run.timeout_s)
     dist.init_process_group(
         backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
     )

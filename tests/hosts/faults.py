@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hosts.jobs import STARTUP_S, Agent, Job, start_job, stop, wait_for_exits
+from tests.hosts.jobs import Agent, Job, start_job, stop, wait_for_exits
 from tests.hosts.network import open_network
 from tests.launch.training import tiny_values, write_config
 
 GRACE_S = 10.0
 TIMEOUT_S = 15.0  # run.timeout_s: on a busy machine ranks come seconds apart without any fault
-AGENT_S = 120.0  # torchrun's own patience, which is none of the library's
+AGENT_S = 20.0  # until torchrun has noticed that its rank ended
 STEPS_BEFORE = 12
 
 
@@ -80,11 +80,19 @@ def inject(fault: str, hosts: int, seed: int, corpus: Path, folder: Path) -> Out
         seconds = time.monotonic() - began
         assert not left, f"{fault} of {hit.host.name}: ranks still there\n{job.text()}"
         for agent in survivors:
-            assert agent.process.wait(AGENT_S) != 0, f"{agent.host.name} exits with 0"
+            assert _exit_code(agent) != 0, f"{agent.host.name}: exit code 0\n{job.text()}"
         reports = {agent.host.name: _reports(agent) for agent in survivors}
         assert any(reports.values()), f"{fault} of {hit.host.name}: no report\n{job.text()}"
         _refuse_second_start(job)
     return Outcome(step=step, victim=hit.host.name, seconds=seconds, reports=reports)
+
+
+def _exit_code(agent: Agent) -> int:
+    """Of the agent's rank, as far as the agent says; else of the agent, which failed first."""
+    try:
+        return int(agent.err.wait_for(r"failed \(exitcode: (-?\d+)\)", AGENT_S)[1])
+    except AssertionError:
+        return agent.process.wait(AGENT_S)
 
 
 def _reports(agent: Agent) -> list[str]:
