@@ -105,7 +105,7 @@ def _stand(
     except OSError as error:
         what = f"GLOO_SOCKET_IFNAME={name}" if name else f"host name {host}"
         there = ", ".join(name for _, name in socket.if_nameindex())
-        rule = f"gives {nowhere} no address to listen on ({error.strerror or error})"
+        rule = f"gives {nowhere} no address ({error.strerror or error})"
         return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
     at = _Stand(rank=rank, host=host, interface=name, address=address, port=_port(listener))
     if address.startswith("127."):

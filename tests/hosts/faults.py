@@ -4,6 +4,7 @@ Whatever the fault, every rank that is left exits within ``run.timeout_s`` + 10 
 other than 0, and the job's stderr names a rank and a step in a line ``ringattn: …``.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -80,18 +81,29 @@ def inject(fault: str, hosts: int, seed: int, corpus: Path, folder: Path) -> Out
         seconds = time.monotonic() - began
         assert not left, f"{fault} of {hit.host.name}: ranks still there\n{job.text()}"
         for agent in survivors:
-            assert _exit_code(agent) != 0, f"{agent.host.name}: exit code 0\n{job.text()}"
+            code = _exit_code(agent, pids[agent.host.name])
+            assert code != 0, f"{agent.host.name}: exit code 0\n{job.text()}"
         reports = {agent.host.name: _reports(agent) for agent in survivors}
         assert any(reports.values()), f"{fault} of {hit.host.name}: no report\n{job.text()}"
         _refuse_second_start(job)
     return Outcome(step=step, victim=hit.host.name, seconds=seconds, reports=reports)
 
 
-def _exit_code(agent: Agent) -> int:
-    """Of the agent's rank, as far as the agent says; else of the agent, which failed first."""
+def _exit_code(agent: Agent, pid: int) -> int:
+    """Of a rank that has ended.
+
+    torchrun says it, but hangs for minutes when the job's store is out of reach. Until it asks, the
+    kernel keeps what the process left.
+    """
+    try:
+        state, *_, status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state == "Z":
+            return os.waitstatus_to_exitcode(int(status))
+    except FileNotFoundError:
+        pass
     try:
         return int(agent.err.wait_for(r"failed \(exitcode: (-?\d+)\)", AGENT_S)[1])
-    except AssertionError:
+    except AssertionError:  # the agent failed before its rank did
         return agent.process.wait(AGENT_S)
 
 

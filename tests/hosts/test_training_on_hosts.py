@@ -3,6 +3,7 @@
 The processes are real: torchrun on every host, one rank each, gloo over the hosts' addresses.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from tests.hosts.jobs import STARTUP_S, start_job
-from tests.hosts.network import open_network
+from tests.hosts.network import Host, open_network
 from tests.launch.training import (
     run_command,
     tiny_values,
@@ -21,6 +22,7 @@ from tests.launch.training import (
 
 pytestmark = pytest.mark.timeout(2 * STARTUP_S + 60)
 Lines = list[dict[str, Any]]
+Shape = Callable[[Host], object]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +35,14 @@ def values_of(corpus: Path, run_dir: Path, ranks: int, **overrides: Any) -> dict
     return tiny_values(corpus, run_dir, parallel__cp=ranks, **(values | overrides))
 
 
-def train_on_hosts(values: dict[str, Any], folder: Path, ranks: int, **shape: float) -> Lines:
+def train_on_hosts(
+    values: dict[str, Any], folder: Path, ranks: int, shape: Shape | None = None
+) -> Lines:
     """Trains with one rank on each of as many hosts, the last one behind a link of that shape."""
     config = write_config(folder / "hosts.yaml", values)
     with open_network(ranks) as network:
         if shape:
-            network.hosts[-1].shape(**shape)
+            shape(network.hosts[-1])
         with start_job(network, config) as job:
             assert job.finish(2 * STARTUP_S) == [0] * ranks, job.text()
     return read_lines(Path(values["run.dir"]) / METRICS_FILE)
@@ -66,9 +70,10 @@ def test_another_seed_is_not_bitwise_equal(corpus: Path, tmp_path: Path) -> None
         assert_bitwise(*lines)
 
 
-LINKS: dict[str, dict[str, float]] = {
-    "slow": {"rate": 20e6, "delay": 0.005},
-    "lossy": {"delay": 0.001, "loss": 0.01},
+LINKS: dict[str, Shape | None] = {
+    "plain": None,
+    "slow": lambda host: host.shape(rate=20e6, delay=0.005),
+    "lossy": lambda host: host.shape(delay=0.001, loss=0.01),
 }
 FULL_CASES = [(2, "plain"), (4, "plain"), (2, "slow"), (2, "lossy"), (4, "lossy")]
 
@@ -84,7 +89,37 @@ def test_hosts_train_like_the_command_alone(
     config = write_config(tmp_path / "alone.yaml", values)
     code, out, err = run_command("train", str(config), timeout=STARTUP_S)
     assert code == 0, out + err
-    got = train_on_hosts(
-        values_of(corpus, tmp_path / "hosts", ranks), tmp_path, ranks, **LINKS.get(link, {})
-    )
+    values = values_of(corpus, tmp_path / "hosts", ranks)
+    got = train_on_hosts(values, tmp_path, ranks, LINKS[link])
     assert_bitwise(read_lines(tmp_path / "alone" / METRICS_FILE), got)
+
+
+def refused_on_hosts(
+    corpus: Path, folder: Path, env: dict[str, str], *, loopback_names: bool = False, **values: Any
+) -> str:
+    """The one line about a job of two hosts, each with a dead end, that must not start."""
+    overrides = {"run__timeout_s": 30.0, **values}
+    config = write_config(folder / "c.yaml", values_of(corpus, folder / "run", 2, **overrides))
+    with open_network(2, loopback_names=loopback_names) as network:
+        for host in network.hosts:
+            host.add_dead_end()
+        with start_job(network, config, env) as job:
+            assert 0 not in job.finish(STARTUP_S), job.text()
+            lines = [line for a in job.agents for line in a.err.matching("^ringattn: ")]
+            assert len(lines) == 1, job.text()
+            assert not any(agent.err.matching("connectFullMesh") for agent in job.agents)
+    return lines[0]
+
+
+@pytest.mark.full
+def test_an_interface_that_leads_nowhere_is_named(corpus: Path, tmp_path: Path) -> None:
+    line = refused_on_hosts(corpus, tmp_path, {"GLOO_SOCKET_IFNAME": "dead0"})
+    for part in ("rank 0", "rank 1", "host0", "host1", "dead0", "10.78.0.", "run.interface"):
+        assert part in line, line
+
+
+@pytest.mark.full
+def test_an_interface_that_is_not_there_is_named(corpus: Path, tmp_path: Path) -> None:
+    line = refused_on_hosts(corpus, tmp_path, {"GLOO_SOCKET_IFNAME": "nosuch0"})
+    assert "nosuch0" in line
+    assert "eth0" in line
