@@ -81,7 +81,7 @@ def check_reach(
         if ranks.rank == 0:
             found = store.multi_get([f"{_FOUND}{one.rank}" for one in stands])
             mistakes = [text for text in found if json.loads(text)]
-            store.set(_VERDICT, mistakes[0] if mistakes else "[]")
+            store.set(_VERDICT, mistakes[0].decode() if mistakes else "[]")
         _agree(store)  # until everybody has connected, the listener stays
 
 
