@@ -248,7 +248,7 @@ def command(
         outer: what starts Python, such as mpiexec.
         program: the command, as the launcher wants it named.
         variables: of its environment, which has none of other launchers.
-        log: file that its output is appended to, in place of pipes.
+        log: file that its output is appended to; None for pipes.
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
