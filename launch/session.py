@@ -19,6 +19,7 @@ from ringattn.launch.launchers import export_ranks
 from ringattn.launch.mpi import leave_mpi
 from ringattn.launch.places import Place, find_places
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
+from ringattn.launch.reach import check_reach
 from ringattn.launch.rendezvous import join_life
 from ringattn.launch.whereabouts import Whereabouts
 from ringattn.parallel.cores import read_numa_nodes
@@ -146,7 +147,7 @@ def open_session(
 
     Raises:
         UserError: the device or the interface is not there, or launcher's variables contradict
-            what ranks find.
+            what ranks find, or hosts cannot reach each other.
     """
     timeout = timedelta(seconds=config.run.timeout_s)
     ranks, place, topology = find_places(ranks, store, gpus=config.run.device != "cpu")
@@ -166,6 +167,7 @@ def open_session(
         torch.cuda.set_device(device)
         backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
     use_interface(os.environ, config.run.interface, ranks)
+    check_reach(ranks, store, os.environ, config.run.timeout_s)
     with _process_settings(config, place, device):
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout

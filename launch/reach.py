@@ -1,0 +1,186 @@
+"""Whether the hosts of a job can reach each other, before anything waits for it.
+
+An interface that leads nowhere is the commonest mistake on several hosts, and gloo tries five times
+``run.timeout_s`` before it gives up without saying who could not reach whom.
+"""
+
+import errno
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+from ringattn.errors import UserError
+from ringattn.launch.ranks import Ranks
+from ringattn.parallel.network import network_interfaces
+
+_STANDS, _FOUND, _VERDICT = "ringattn/reach/at/", "ringattn/reach/found/", "ringattn/reach/verdict"
+_CONNECT_S = 20.0  # a lost first packet is sent again after 1, 3, 7 and 15 s
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stand:
+    """Where the first rank of a host listens.
+
+    Attributes:
+        rank, host: who. interface: its name; "" where the host's own name was looked up.
+        address, port: of the listener; "" where it has no address to listen on.
+    """
+
+    rank: int
+    host: str
+    interface: str
+    address: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self._where()})"
+
+    def _where(self) -> str:
+        return ", ".join(part for part in (self.host, self.interface, self.address) if part)
+
+
+def check_reach(
+    ranks: Ranks, store: dist.Store, environ: Mapping[str, str], timeout_s: float
+) -> None:
+    """Lets the first rank of every host connect to those of the others. Every rank calls it.
+
+    The addresses are those that gloo will take: of the interface in GLOO_SOCKET_IFNAME, else of
+    the host's own name. Communicates through `store`.
+
+    Args:
+        ranks: of the job. store: shared by them.
+        environ: variables of this process.
+        timeout_s: a connection that takes longer fails, at the latest after 20 s.
+
+    Raises:
+        UserError: on every rank alike, naming two ranks that cannot reach each other.
+    """
+    if ranks.local_world == ranks.world:
+        return
+    if ranks.local_rank:
+        store.set(f"{_STANDS}{ranks.rank}", "")
+        _agree(store)
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        stand, mistake = _stand(ranks.rank, listener, environ)
+        store.set(f"{_STANDS}{ranks.rank}", json.dumps(asdict(stand)))
+        stands = [
+            _Stand(**json.loads(text))
+            for text in store.multi_get([f"{_STANDS}{rank}" for rank in range(ranks.world)])
+            if text
+        ]
+        if not mistake:
+            mistake = _connect(stand, stands, min(timeout_s, _CONNECT_S))
+        store.set(f"{_FOUND}{ranks.rank}", json.dumps(mistake))
+        if ranks.rank == 0:
+            found = store.multi_get([f"{_FOUND}{one.rank}" for one in stands])
+            mistakes = [text for text in found if json.loads(text)]
+            store.set(_VERDICT, mistakes[0] if mistakes else "[]")
+        _agree(store)  # until everybody has connected, the listener stays
+
+
+def _agree(store: dist.Store) -> None:
+    if mistake := json.loads(store.get(_VERDICT)):
+        raise UserError(*mistake)
+
+
+def _stand(
+    rank: int, listener: socket.socket, environ: Mapping[str, str]
+) -> tuple[_Stand, list[str]]:
+    """Starts to listen; returns where, and the mistake that keeps it from doing so or nothing."""
+    host, name = socket.gethostname(), environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    nowhere = _Stand(rank=rank, host=host, interface=name)
+    try:
+        address = _address_of(name, host)
+        if not address:
+            return nowhere, []  # IPv6 alone is not looked at
+        listener.bind((address, 0))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        what = f"GLOO_SOCKET_IFNAME={name}" if name else f"host name {host}"
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        rule = f"gives {nowhere} no address ({error.strerror or error})"
+        return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
+    at = _Stand(rank=rank, host=host, interface=name, address=address, port=_port(listener))
+    if address.startswith("127."):
+        rule = "takes a loopback address, which no other host can reach"
+        return at, [str(at), rule, _fix(at)]
+    return at, []
+
+
+def _port(listener: socket.socket) -> int:
+    return int(listener.getsockname()[1])
+
+
+def _address_of(interface: str, host: str) -> str:
+    """The first IPv4 address of an interface, or of the host's name; "" where there are others
+    only. Raises OSError where there is none."""
+    if interface:
+        named = [one.addresses for one in network_interfaces() if one.name == interface]
+        found = [address for addresses in named for address in addresses]
+    else:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
+    if not found:
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    return next((address for address in found if ":" not in address), "")
+
+
+def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:
+    """Connects to all others at once; returns the mistake that one of them shows, or nothing.
+
+    Connections need not be accepted: the other host's kernel completes them.
+    """
+    end = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as waiting:
+        try:
+            for other in stands:
+                if other.rank == mine.rank or not other.address:
+                    continue
+                link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+                waiting.register(link, selectors.EVENT_WRITE, other)
+                link.setblocking(False)
+                error = link.connect_ex((other.address, other.port))
+                if error not in (0, errno.EINPROGRESS):
+                    return _mistake(mine, other, os.strerror(error))
+            while waiting.get_map():
+                ready = waiting.select(max(0.0, end - time.monotonic()))
+                for key, _ in ready:
+                    if error := _finish(waiting, key):
+                        return _mistake(mine, key.data, error)
+                if not ready and time.monotonic() >= end:
+                    late = next(iter(waiting.get_map().values())).data
+                    return _mistake(mine, late, f"no answer within {timeout_s:g} s")
+        finally:
+            for key in list(waiting.get_map().values()):
+                waiting.unregister(key.fileobj)
+                _socket(key).close()
+    return []
+
+
+def _finish(waiting: selectors.BaseSelector, key: selectors.SelectorKey) -> str:
+    """Closes a connection that has come about or failed; returns why it failed, or ""."""
+    link = _socket(key)
+    error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    waiting.unregister(link)
+    link.close()
+    return os.strerror(error) if error else ""
+
+
+def _socket(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
+
+
+def _mistake(mine: _Stand, other: _Stand, error: str) -> list[str]:
+    return [str(mine), f"cannot reach {other}: {error}", _fix(mine)]
+
+
+def _fix(mine: _Stand) -> str:
+    now = f"{mine.interface} is used now" if mine.interface else "null takes the host name's"
+    return f"set run.interface to the interface that joins the hosts ({now})"
