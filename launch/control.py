@@ -47,16 +47,18 @@ def heeding_signals() -> Iterator[StopRequest]:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is true on at least one rank.
+class Wanted:
+    """What at least one rank wants or has met.
 
     Attributes:
         stop: a scheduler wants the job to save and end.
         unreadable: the step's data cannot be read.
+        unsaved: the save under way has failed.
     """
 
     stop: bool
     unreadable: bool
+    unsaved: bool
 
 
 @dataclass
@@ -70,11 +72,12 @@ class StepControl:
 
     group: dist.ProcessGroup
     request: StopRequest
-    _flags: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int32))
+    _flags: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int32))
 
-    def agree(self, *, unreadable: bool = False) -> Verdict:
+    def agree(self, *, unreadable: bool = False, unsaved: bool = False) -> Wanted:
         """What any rank wants. Every rank calls it before each step; communicates."""
-        self._flags[0], self._flags[1] = bool(self.request.signal), unreadable
+        mine = [bool(self.request.signal), unreadable, unsaved]
+        self._flags.copy_(torch.tensor(mine))
         dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self.group)
-        stop, bad = self._flags.tolist()
-        return Verdict(stop=bool(stop), unreadable=bool(bad))
+        stop, unread, failed = map(bool, self._flags.tolist())
+        return Wanted(stop=stop, unreadable=unread, unsaved=failed)

@@ -27,6 +27,10 @@ _READ_BYTES = 1 << 22
 _PREPARE_AGAIN = "run ringattn prepare again into a new folder"
 
 
+class DataError(UserError):
+    """A record of a prepared corpus that cannot be read: the message names file and document."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardMeta:
     """One shard. `bin_crc32` and `idx_crc32` are of the whole files."""
@@ -151,6 +155,17 @@ def open_shard(
     Raises:
         UserError: a file is missing, truncated, or disagrees with `meta.json`.
     """
+    offsets = load_offsets(folder, meta, shard)
+    path = shard_paths(folder, shard.name)[0]
+    return np.memmap(path, dtype=DTYPES[meta.dtype], mode="r", shape=(shard.tokens,)), offsets
+
+
+def load_offsets(folder: str | Path, meta: CorpusMeta, shard: ShardMeta) -> np.ndarray:
+    """Where the documents of a shard begin, int64 (documents + 1,).
+
+    Raises:
+        UserError: a file of the shard is missing, truncated, or disagrees with `meta.json`.
+    """
     bin_path, idx_path = shard_paths(folder, shard.name)
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -174,14 +189,22 @@ def open_shard(
         or offsets.shape != (shard.documents + 1,)
         or offsets[0] != 0
         or offsets[-1] != shard.tokens
-        or (np.diff(offsets) < 1).any()
     ):
         raise UserError(
             str(idx_path),
             f"must rise from 0 to {shard.tokens} over {shard.documents} documents",
             _PREPARE_AGAIN,
         )
-    return np.memmap(bin_path, dtype=dtype, mode="r", shape=(shard.tokens,)), offsets
+    falling = np.flatnonzero(np.diff(offsets) < 1)
+    if len(falling):
+        document = int(falling[0])
+        raise UserError(
+            f"{idx_path}: document {document} from token {offsets[document]} to "
+            f"{offsets[document + 1]}",
+            f"offsets must rise from 0 to {shard.tokens} over {shard.documents} documents",
+            _PREPARE_AGAIN,
+        )
+    return offsets
 
 
 def shard_paths(folder: str | Path, name: str) -> tuple[Path, Path]:
@@ -219,13 +242,13 @@ def check_ids(ids: np.ndarray, start: int, offsets: np.ndarray, path: Path, voca
     """Refuses ids >= vocab; `start` is the shard token number of ids[0].
 
     Raises:
-        UserError: naming file, document and token.
+        DataError: naming file, document and token.
     """
     if len(ids) == 0 or int(ids.max()) < vocab:
         return
     at = start + int(np.argmax(ids >= vocab))
     document = int(np.searchsorted(offsets, at, side="right")) - 1
-    raise UserError(
+    raise DataError(
         f"{path}: document {document}, token {at}: id {int(ids[at - start])}",
         f"must be below vocab_size={vocab}",
         f"the shard is corrupt or of another tokenizer: {_PREPARE_AGAIN}",

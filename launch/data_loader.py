@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from ringattn.errors import UserError
+from ringattn.launch.corpus import DataError
 from ringattn.launch.packing import Batches, PackedDataset
 
 PlanT = TypeVar("PlanT")
@@ -43,11 +44,13 @@ class StepBatch(Generic[PlanT]):
         step: the step's number.
         micro: one `MicroBatch` per accumulation micro-batch, or per round where packs are dealt.
         valid_tokens: labels that count, over all dp ranks and micro-batches of the step.
+        error: why this rank could not read the step; `micro` is empty then.
     """
 
     step: int
     micro: list[MicroBatch[PlanT]]
     valid_tokens: int
+    error: DataError | None = None
 
 
 class Loader(Generic[PlanT]):
@@ -65,6 +68,8 @@ class Loader(Generic[PlanT]):
         start_step, stop_step: the range of steps.
         depth: most steps kept ready.
         deal: chooses packs and plans in place of `dp_rank` and `make_plan`.
+        keep_errors: steps whose records cannot be read are handed out with the `DataError`, and the
+            next ones follow. Otherwise it is raised.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Loader(Generic[PlanT]):
         stop_step: int,
         depth: int = 2,
         deal: Deal[PlanT] | None = None,
+        keep_errors: bool = False,
     ) -> None:
         if depth < 1:
             raise UserError(f"depth={depth}", "must be positive", "use 1 or more")
@@ -85,6 +91,7 @@ class Loader(Generic[PlanT]):
             raise UserError(f"dp_rank={dp_rank}", f"must be in [0, {batches.dp})", "use 0")
         self._dataset, self._batches, self._make_plan = dataset, batches, make_plan
         self._dp_rank, self._depth, self._deal = dp_rank, depth, deal
+        self._keep_errors = keep_errors
         self._steps = range(start_step, stop_step)
         self._changed = threading.Condition()
         self._ready: deque[StepBatch[PlanT]] = deque()
@@ -147,6 +154,7 @@ class Loader(Generic[PlanT]):
     def _load(self, step: int) -> StepBatch[PlanT]:
         starts, seq_len = self._batches.starts(step), self._batches.seq_len(step)
         mine = starts[:, self._dp_rank].tolist()
+        valid = sum(self._dataset.valid_tokens(int(start), seq_len) for start in starts.flat)
         try:
             if self._deal is None:
                 micro = [self._micro_batch(places, seq_len) for places in mine]
@@ -155,7 +163,10 @@ class Loader(Generic[PlanT]):
                     self._micro_batch(places, seq_len, plan)
                     for places, plan in self._deal(starts, seq_len)
                 ]
-            valid = sum(self._dataset.valid_tokens(int(start), seq_len) for start in starts.flat)
+        except DataError as error:
+            if not self._keep_errors:
+                raise
+            return StepBatch(step, [], valid, error)
         except UserError:
             raise
         except Exception as error:

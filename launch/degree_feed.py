@@ -16,6 +16,7 @@ from ringattn.launch.job import Job, build_degree
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.parallel.subgroups import run_of_ranks
+from ringattn.parallel.topology import Topology
 from ringattn.schedule import Lane
 
 _CHANNELS = [(lane, long) for lane in Lane for long in (False, True)]
@@ -110,7 +111,11 @@ def product_seconds(shape: ModelConfig, context: ra.ContextParallel, tokens: int
 
 
 def open_degrees(
-    job: Job, cp: ra.ContextParallel, timeout: timedelta, staged: str | None
+    job: Job,
+    cp: ra.ContextParallel,
+    timeout: timedelta,
+    staged: str | None,
+    topology: Topology | None = None,
 ) -> Degrees | None:
     """The groups of every degree; None without ``parallel.min_cp``. Every rank calls it together.
 
@@ -119,6 +124,7 @@ def open_degrees(
         cp: this rank's attention at the highest degree.
         timeout: how long a collective waits for a missing rank.
         staged: as in `ContextParallel`.
+        topology: the nodes of the job, where they are known.
     """
     config, shape = job.config, job.shape
     if config.parallel.min_cp is None:
@@ -126,7 +132,7 @@ def open_degrees(
     contexts = {config.parallel.cp: cp}
     for degree in degrees_of(config.parallel.cp, config.parallel.min_cp)[1:]:
         group = run_of_ranks(degree, timeout)
-        contexts[degree] = build_degree(config, shape, degree, group, staged)
+        contexts[degree] = build_degree(config, shape, degree, group, staged, topology)
     for context in contexts.values():
         # All of them here and now: groups differ in which lanes their packs use, and NCCL names a
         # group made later by how many its ranks have made before.

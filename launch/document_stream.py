@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ringattn.errors import UserError
-from ringattn.launch.corpus import SPLITS, check_ids, load_meta, open_shard, shard_paths
+from ringattn.launch.corpus import DTYPES, SPLITS, load_meta, load_offsets, shard_paths
+from ringattn.launch.shard_files import Shard, ShardFiles
 
 IGNORE = -100
 """Label of a position whose next token belongs to another document."""
@@ -118,19 +119,25 @@ class DocumentStream:
             raise UserError(f"data.long_repeats={long_repeats}", "must be positive", "use 1")
         self._split, self._seed = split, seed
         metas = [(folder, load_meta(folder)) for folder in folders]
-        self._vocab_size = metas[0][1].vocab_size
-        shards = [(folder, meta, s) for folder, meta in metas for s in meta.split(split)]
-        opened = [open_shard(*shard) for shard in shards]
-        if not opened:
+        vocab = metas[0][1].vocab_size
+        found = [(folder, meta, s) for folder, meta in metas for s in meta.split(split)]
+        shards = [
+            Shard(
+                shard_paths(folder, s.name)[0],
+                DTYPES[meta.dtype],
+                load_offsets(folder, meta, s),
+                vocab,
+            )
+            for folder, meta, s in found
+        ]
+        if not shards:
             raise UserError(
                 f"data.path={str(folders[0])!r}",
                 f"has no token in the split {split!r}",
                 "prepare it again from more documents or with another holdout share",
             )
-        self._paths = [shard_paths(folder, s.name)[0] for folder, _, s in shards]
-        self._maps = [tokens for tokens, _ in opened]
-        self._offsets = [offsets for _, offsets in opened]
-        self._pieces = _Pieces.cut(self._offsets, max_document)
+        self._files = ShardFiles(shards)
+        self._pieces = _Pieces.cut([shard.offsets for shard in shards], max_document)
         repeats = np.ones(len(self._pieces.length), np.int64)
         if long_document is not None and split == "train":
             repeats[self._pieces.document_length >= long_document] = long_repeats
@@ -142,7 +149,7 @@ class DocumentStream:
         """Up to `most` tokens of the piece at a stream position, and the label of the last.
 
         Raises:
-            UserError: a token id outside the vocabulary, naming file and document.
+            DataError: they cannot be read or are no token ids, naming file and document.
         """
         number, at = divmod(position, self.tokens)
         epoch = self._epoch(number)
@@ -153,9 +160,12 @@ class DocumentStream:
         stop = int(self._pieces.start[piece] + self._pieces.length[piece])
         start, end = stop - left, min(stop, stop - left + most)
         whole = end == stop and bool(self._pieces.ends_document[piece])
-        ids = self._maps[shard][start : end if whole else end + 1]
-        check_ids(ids, start, self._offsets[shard], self._paths[shard], self._vocab_size)
+        ids = self._files.read(shard, start, end if whole else end + 1)
         return (ids, IGNORE) if whole else (ids[:-1], int(ids[-1]))
+
+    def recheck(self) -> None:
+        """Files are looked at again when they are read next: whether they are still the same."""
+        self._files.recheck()
 
     def left(self, position: int) -> int:
         """Tokens of the piece at a stream position from there on."""

@@ -45,8 +45,21 @@ class Engine(Protocol):
     def step(self, rate: float) -> torch.Tensor:
         """Sums gradients over all ranks, clips, updates with the learning rate, clears.
 
+        Without an update where the norm is not finite: weights and optimizer stay as they are.
+
         Returns:
-            The global L2 gradient norm before clipping, a scalar tensor.
+            The global L2 gradient norm before clipping, a scalar tensor; the same on every rank.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Clears gradients without an update, in place of `step`, after the last `backward`."""
+        ...
+
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Has `before` and `after` called around what a forward waits for from other ranks.
+
+        Other than attention: that is the caller's. Called once, before the first forward.
         """
         ...
 

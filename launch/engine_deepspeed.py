@@ -12,9 +12,17 @@ from ringattn.launch.model import Fill, Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import MOMENTS, add_states, bare_optimizer, set_learning_rate
 from ringattn.launch.parallelize import parallelize
+from ringattn.parallel.gathers import hook_around_gathers
 from ringattn.parallel.mesh import TrainMesh
 from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
-from ringattn.parallel.zero import ZeroOptions, build_sharded, deepspeed_on, open_zero, quiet
+from ringattn.parallel.zero import (
+    ZeroOptions,
+    build_sharded,
+    deepspeed_on,
+    guard_updates,
+    open_zero,
+    quiet,
+)
 from ringattn.parallel.zero_state import ZeroState
 
 
@@ -59,6 +67,9 @@ class DeepSpeedEngine:
                 parallelize(self._model, config, mesh)
                 self._adamw = bare_optimizer(self._model, train)
                 self._engine = open_zero(deepspeed, self._model, self._adamw, options)
+            self._discarding = False
+            # Some releases skip such updates themselves, others only in float16.
+            guard_updates(self._adamw, self._may_update)
             stack.callback(self._engine.destroy)
             self._state = ZeroState(
                 self._engine, self._adamw, add_states, stage=options.stage, rank=mesh.rank
@@ -91,7 +102,34 @@ class DeepSpeedEngine:
         """See `Engine.step`."""
         set_learning_rate(self._adamw, rate)
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        return self._norm()
+
+    def discard(self) -> None:
+        """See `Engine.discard`. Communicates as `step` does."""
+        # Only its own step leaves DeepSpeed's buffers as the next backward pass needs them.
+        self._discarding = True
+        try:
+            self._engine.step()
+        finally:
+            self._discarding = False
+
+    def _norm(self) -> torch.Tensor:
+        """The gradient norm; infinite where DeepSpeed says -1 for one that is not finite."""
+        # The engine's own copy is not set until the step is over.
+        found = self._engine.optimizer._global_grad_norm
+        norm = torch.as_tensor(found, dtype=torch.float32)
+        return norm if norm >= 0 else torch.full_like(norm, torch.inf)
+
+    def _may_update(self) -> bool:
+        return not self._discarding and bool(self._norm().isfinite())
+
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """See `Engine.around_waits`: stage 3 gathers parameters before a module's forward."""
+        if not self._holds_model:
+            inside = {m for layer in self._model.model.layers for m in layer.modules()}
+            inside -= set(self._model.model.layers)
+            outside = [m for m in self._model.modules() if m not in inside]
+            hook_around_gathers(outside, before, after)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: copies in host memory, of which each rank keeps its rows."""

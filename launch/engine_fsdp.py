@@ -12,7 +12,8 @@ from ringattn.launch.model import Fill, Transformer, fill_all
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from ringattn.launch.parallelize import parallelize
-from ringattn.parallel.fsdp import clip_shards, reshard
+from ringattn.parallel.fsdp import clip_shards, reshard, sharded_modules
+from ringattn.parallel.gathers import hook_around_gathers
 from ringattn.parallel.mesh import TrainMesh
 
 
@@ -67,10 +68,19 @@ class FsdpEngine:
     def step(self, rate: float) -> torch.Tensor:
         """See `Engine.step`."""
         norm = clip_shards(self._shards.values(), self._group, self._clip_norm)
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.step()
+        if norm.isfinite():
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
+
+    def discard(self) -> None:
+        """See `Engine.discard`. No communication."""
+        self._optimizer.zero_grad()
+
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """See `Engine.around_waits`: parameters are gathered before a module's forward."""
+        hook_around_gathers(sharded_modules(self._model), before, after)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: the engine's own shards. No communication."""

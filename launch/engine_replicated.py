@@ -60,10 +60,18 @@ class ReplicatedEngine:
         """See `Engine.step`."""
         self._buckets.reduce()
         norm = self._buckets.clip(self._clip_norm)
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.step()
+        if norm.isfinite():
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
         self._buckets.zero()
         return norm
+
+    def discard(self) -> None:
+        """See `Engine.discard`. No communication."""
+        self._buckets.zero()
+
+    def around_waits(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """See `Engine.around_waits`: there is nothing to wait for."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.tensors`: the engine's own tensors. No communication."""

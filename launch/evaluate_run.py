@@ -21,6 +21,7 @@ from ringattn.launch.context_tests import (
 )
 from ringattn.launch.initial_weights import choose_weights
 from ringattn.launch.job import build_context, check_attention
+from ringattn.launch.launchers import Launcher
 from ringattn.launch.model import Transformer
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.needle_corpus import needle_format
@@ -76,7 +77,9 @@ class _Opened:
     out: Path
 
 
-def evaluate_run(request: ContextRequest, overrides: Sequence[str] = ()) -> int:
+def evaluate_run(
+    request: ContextRequest, overrides: Sequence[str] = (), launcher: Launcher = "auto"
+) -> int:
     """Tests a run's checkpoint; rank 0 writes context.json and pictures and prints a summary.
 
     Runs on dp × cp ranks like training: contexts are sharded over cp, sequences spread over dp.
@@ -86,6 +89,7 @@ def evaluate_run(request: ContextRequest, overrides: Sequence[str] = ()) -> int:
         request: the tests.
         overrides: ``key=value`` changes to the run's configuration, RoPE scaling and ranks among
             them.
+        launcher: as in `discover_ranks`.
 
     Returns:
         The exit code.
@@ -100,7 +104,7 @@ def evaluate_run(request: ContextRequest, overrides: Sequence[str] = ()) -> int:
     def check() -> None:
         _open(request, config, config.world)
 
-    return on_ranks(config, body, check)
+    return on_ranks(config, body, check, launcher)
 
 
 def _run_folder(path: Path) -> Path:
@@ -114,7 +118,7 @@ def _run_folder(path: Path) -> Path:
 def _open(request: ContextRequest, config: Config, local_world: int) -> _Opened:
     """Checks a request against run, corpora and checkpoint; starts nothing, writes nothing.
 
-    `local_world` ranks run on this host.
+    `local_world` ranks share the GPUs of this host.
     """
     check_config(config)
     unknown = set(request.tests) - set(TESTS)
@@ -152,14 +156,15 @@ def _powers(longest: int) -> tuple[int, ...]:
 
 
 def _test_on_rank(request: ContextRequest, config: Config, session: Session) -> None:
-    opened = _open(request, config, session.ranks.local_world)
+    opened = _open(request, config, session.sharers)
     parallel = config.parallel
     mesh = build_mesh(session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout)
     model = Transformer(opened.shape).eval()
     weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     load_tensors(opened.checkpoint, weights)
     model.to(session.device)
-    cp = build_context(config, opened.shape, mesh.cp_mesh, "cuda" if session.shared else None)
+    staged = "cuda" if session.shared else None
+    cp = build_context(config, opened.shape, mesh.cp_mesh, staged, session.topology)
     scorer = Scorer(model, cp, session.device, bf16=config.train.dtype == "bf16")
     tester = Tester(scorer, mesh, opened.text, session.device)
     result = _run_tests(tester, request, opened)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ringattn.errors import UserError
-from ringattn.launch.checkpoint import find_checkpoints, load_tensors, read_state
+from ringattn.launch.checkpoint import find_checkpoints, load_tensors, read_state, verify_tensors
 from ringattn.launch.hf_config import config_to_hf
 from ringattn.launch.hf_weights import parameter_shapes
 from ringattn.launch.hf_writer import DTYPES, MAX_FILE_BYTES, write_hf_folder
@@ -51,10 +51,11 @@ def export_run(
 
     def read(name: str) -> torch.Tensor:
         tensor = torch.empty(shapes[name])
-        load_tensors(path, {f"model/{name}": tensor}, alone=True)
+        load_tensors(path, {f"model/{name}": tensor}, alone=True, verified=True)
         return tensor
 
     shapes = parameter_shapes(shape)
+    verify_tensors(path, {f"model/{name}" for name in shapes})
     write_hf_folder(out, config, shapes, read, dtype=DTYPES[dtype], max_file_bytes=max_file_bytes)
     if (folder / "tokenizer").is_dir():
         shutil.copytree(folder / "tokenizer", out, dirs_exist_ok=True)

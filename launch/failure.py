@@ -15,6 +15,10 @@ from ringattn.errors import UserError
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_INTERRUPT = 1, 2, 128 + signal.SIGINT
 
 
+class AlreadyToldError(Exception):
+    """Something is wrong, and the person knows: the process ends with 1 and says no more."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a process ends.
@@ -60,7 +64,7 @@ def run_reporting(body: Callable[[], None], report: Callable[[Failure], int] | N
         failure = Failure(EXIT_USER_ERROR, " ".join(str(error).split()), quiet=True)
     except KeyboardInterrupt:
         failure = Failure(EXIT_INTERRUPT, "stopped by SIGINT", quiet=True)
-    except BrokenPipeError:
+    except (AlreadyToldError, BrokenPipeError):
         failure = Failure(EXIT_FAULT, "", quiet=True)
     except Exception as error:
         failure = describe_fault(error)

@@ -15,12 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import ringattn as ra
 from ringattn.errors import UserError
 from ringattn.kernels import choose_kernel, kernel_names
-from ringattn.launch.checkpoint import (
-    CheckpointState,
-    check_identity,
-    choose_checkpoint,
-    read_state,
-)
+from ringattn.launch.checkpoint_choice import Candidate, Choice, choose_checkpoints
 from ringattn.launch.config import AttentionConfig, Config
 from ringattn.launch.config_check import check_config, check_engine, resolve_model
 from ringattn.launch.corpus import CorpusMeta, load_meta
@@ -33,6 +28,7 @@ from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
 from ringattn.launch.session import place_ranks
 from ringattn.methods import METHODS
+from ringattn.parallel.topology import Topology, even_nodes
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,7 +42,7 @@ class Job:
         shape: the model.
         train, heldout: the corpus's splits; heldout is None where the corpus holds nothing out.
         identity: what a checkpoint must share to be continued, by dotted key.
-        checkpoint: where to continue from, and what it says of itself; None to start anew.
+        choice: where it may continue from; without a candidate it starts anew.
         weights: checkpoint that a run that starts anew takes its weights from, or None.
     """
 
@@ -55,8 +51,13 @@ class Job:
     train: PackedDataset
     heldout: PackedDataset | None
     identity: dict[str, Any]
-    checkpoint: tuple[Path, CheckpointState] | None
+    choice: Choice
     weights: Path | None = None
+
+    @property
+    def checkpoint(self) -> Candidate | None:
+        """The first candidate, whose files are not verified yet; None to start anew."""
+        return next(iter(self.choice.candidates), None)
 
 
 def open_job(config: Config, local_world: int) -> Job:
@@ -64,7 +65,7 @@ def open_job(config: Config, local_world: int) -> Job:
 
     Args:
         config: the run.
-        local_world: ranks that run on this host.
+        local_world: ranks that share the GPUs of this host.
 
     Raises:
         UserError: naming key, value, rule and fix.
@@ -83,20 +84,18 @@ def open_job(config: Config, local_world: int) -> Job:
     identity = run_identity(config, shape, metas)
     if config.model.hf is not None:
         identity["model.hf"] = f"weights {HFWeights(config.model.hf, shape).digest()[:12]}"
-    found = choose_checkpoint(config.checkpoint.resume, config.run.dir)
-    checkpoint = None
-    if found is not None:
-        state = read_state(found)
-        check_identity(found, state, identity)
+    identity = json.loads(json.dumps(identity))
+    choice = choose_checkpoints(config.checkpoint.resume, config.run.dir, identity)
+    if choice.candidates:
+        found, state = choice.candidates[0]
         if state.step > config.train.steps:
             raise UserError(
                 f"train.steps={config.train.steps}",
                 f"checkpoint {found} is already at step {state.step}",
                 f"raise train.steps to at least {state.step}, or resume from an older one",
             )
-        checkpoint = (found, state)
     weights = None
-    if config.checkpoint.weights is not None and checkpoint is None:
+    if config.checkpoint.weights is not None and not choice.candidates:
         weights = choose_weights(config.checkpoint.weights, shape)
     return Job(
         config=config,
@@ -104,7 +103,7 @@ def open_job(config: Config, local_world: int) -> Job:
         train=train,
         heldout=heldout,
         identity=identity,
-        checkpoint=checkpoint,
+        choice=choice,
         weights=weights,
     )
 
@@ -132,11 +131,17 @@ def build_context(
     shape: ModelConfig,
     group: DeviceMesh | dist.ProcessGroup | int,
     staged: str | None = None,
+    topology: Topology | None = None,
 ) -> ra.ContextParallel:
     """The attention of a group of ranks, or of a number of simulated ones. No communication.
 
-    `staged` is as in `ContextParallel`.
+    `staged` is as in `ContextParallel`. Ranks per node come from ``parallel.ranks_per_node``, else
+    from `topology`, else from the cluster or the launcher's variables.
     """
+    per_node = config.parallel.ranks_per_node
+    if per_node is not None:
+        topology = even_nodes(config.world, per_node)
+    size = group if isinstance(group, int) else group.size()
     attention = config.attention
     wire = attention.wire_dtype
     options = {"u": attention.u, "stages": attention.stages, "save": int(attention.save) or None}
@@ -152,6 +157,7 @@ def build_context(
         cluster=attention.cluster,
         options={name: value for name, value in options.items() if value is not None},
         refine=attention.refine or None,
+        ranks_per_node=topology and topology.ranks_per_node(size),
         timeout=timedelta(seconds=config.run.timeout_s),
         staged=staged,
     )
@@ -163,6 +169,7 @@ def build_degree(
     degree: int,
     group: dist.ProcessGroup | None = None,
     staged: str | None = None,
+    topology: Topology | None = None,
 ) -> ra.ContextParallel:
     """As `build_context`, for a group of `degree` ranks, simulated ones unless it is given.
 
@@ -176,7 +183,7 @@ def build_degree(
             cluster=config.attention.cluster,
         )
         config = replace(config, attention=alone)
-    return build_context(config, shape, group or degree, staged)
+    return build_context(config, shape, group or degree, staged, topology)
 
 
 def check_attention(

@@ -6,6 +6,7 @@ ringattn plan CONFIG [key=value ...]
 ringattn sample RUN --prompt TEXT
 ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
+ringattn doctor [--out cluster.yaml]
 ringattn export RUN --out FOLDER
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from ringattn.errors import UserError
 from ringattn.launch.failure import run_reporting
-from ringattn.launch.main_context import add_evaluate, add_needles
+from ringattn.launch.main_context import add_evaluate, add_launcher, add_needles
+from ringattn.launch.main_doctor import add_doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ringattn", description="Trains language models on sequences sharded over ranks."
     )
+    # DeepSpeed's launcher hands it to whatever it starts, and sets LOCAL_RANK too.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_train(commands)
@@ -62,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     add_evaluate(commands)
     add_needles(commands)
+    add_doctor(commands)
     _add_export(commands)
     return parser
 
@@ -92,6 +97,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     train = commands.add_parser("train", help="train a model")
     _add_config(train)
+    add_launcher(train)
     train.add_argument(
         "--dry-run", action="store_true",
         help="check everything (a missing corpus is prepared), print the resolved configuration, "
@@ -209,7 +215,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--max-restarts={arguments.max_restarts}", "must be at least 0", "leave it out"
         )
-    return train(config, max_restarts=arguments.max_restarts)
+    return train(config, arguments.launcher, max_restarts=arguments.max_restarts)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -47,7 +47,19 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the needles")
     evaluate.add_argument("--out", metavar="DIR", help="folder to write (default RUN/context)")
+    add_launcher(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--launcher`` to a command that runs on ranks."""
+    from ringattn.launch.launchers import LAUNCHERS
+
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="auto",
+        help="who started the ranks; none starts ranks on this host (default auto: by the "
+        "variables that are set)",
+    )  # fmt: skip
 
 
 def add_needles(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -91,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         out=arguments.out,
     )
-    return evaluate_run(request, arguments.overrides)
+    return evaluate_run(request, arguments.overrides, arguments.launcher)
 
 
 def _needles(arguments: argparse.Namespace) -> int:

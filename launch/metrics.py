@@ -9,12 +9,20 @@ A step is numbered by the optimizer steps done, so the first one is 1, and a che
 """
 
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+
+from ringattn.errors import UserError
+from ringattn.launch.append_file import AppendFile
+from ringattn.launch.tensorboard_file import TensorBoardFile
+from ringattn.launch.write_policy import WritePolicy
 
 METRICS_FILE, EVAL_FILE = "metrics.jsonl", "eval.jsonl"
 
@@ -38,15 +46,18 @@ class StepMetrics:
 
     Attributes:
         step: optimizer steps done.
-        loss: mean over the step's counted tokens, nats.
+        loss: mean over the step's counted tokens, nats; NaN where nothing was read.
         tokens: tokens read by the step.
         step_s: wall seconds, waiting for data included.
         tokens_per_s: tokens / step_s.
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping; NaN where the step was left out before.
         lr: learning rate of the step.
         mfu: model FLOP/s over the devices' peak; None where the peak is not known.
         degrees: ranks that shared a pack, of each round of the step; None where all packs run on
             ``parallel.cp`` ranks.
+        fault: why there was no update, such as "nonfinite: skip"; None where there was one.
+        slowest_rank: whose own work took longest; None on one rank, or without work.
+        slowest_ratio: its seconds over the median of all ranks.
     """
 
     step: int
@@ -58,6 +69,9 @@ class StepMetrics:
     lr: float
     mfu: float | None
     degrees: list[int] | None = None
+    fault: str | None = None
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +86,31 @@ class EvalMetrics:
 class MetricsWriter:
     """Appends to the run's metric files; for the one rank that writes.
 
+    JSON has no numbers that are not finite: they become null.
+
     Lines of steps after `step` are removed first, so that steps stay unique when a run goes on from
     a checkpoint older than its last line.
 
     Args:
         run_dir: the run's folder.
         step: steps done so far.
+        policy: what a failed write means.
+
+    Raises:
+        UserError: a file cannot be made.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        # Imported here: it takes a second, and only one rank needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._files = {name: _reopen(run_dir / name, step) for name in (METRICS_FILE, EVAL_FILE)}
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    def __init__(self, run_dir: Path, step: int, policy: WritePolicy | None = None) -> None:
+        self._policy, self._board_name = policy or WritePolicy(), str(run_dir / "tensorboard")
+        try:
+            self._files = {
+                name: _reopen(run_dir / name, step) for name in (METRICS_FILE, EVAL_FILE)
+            }
+            self._board = TensorBoardFile(run_dir / "tensorboard", step)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir}", f"cannot be written ({error})", "name a writable folder"
+            ) from None
 
     def write_step(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl."""
@@ -96,18 +121,29 @@ class MetricsWriter:
         self._write(EVAL_FILE, "heldout", asdict(metrics))
 
     def close(self) -> None:
-        """Flushes and closes everything."""
-        for file in self._files.values():
+        """Closes everything."""
+        for file in (*self._files.values(), self._board):
             file.close()
-        self._board.close()
 
     def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
         file = self._files[name]
-        file.write(json.dumps(values) + "\n")
-        file.flush()
-        for key, value in values.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, values["step"])
+        values = {key: _finite(value) for key, value in values.items()}
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
+        self._try(str(file.path), partial(file.append, line))
+        scalars = {
+            f"{group}/{key}": value
+            for key, value in values.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        self._try(self._board_name, partial(self._board.write, values["step"], scalars))
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._policy.failed(name, error)
+        else:
+            self._policy.worked(name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -133,10 +169,14 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
 
 
-def _reopen(path: Path, step: int) -> TextIO:
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reopen(path: Path, step: int) -> AppendFile:
     """Opens for appending after removing lines of later steps (by replacing the file whole)."""
     kept = [entry for entry in read_lines(path) if entry["step"] <= step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     os.replace(partial, path)
-    return path.open("a", encoding="utf-8")
+    return AppendFile(path)

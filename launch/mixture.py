@@ -68,6 +68,11 @@ class MixtureStream:
         stream, place = self._source(position)
         return stream.segment(place, most)
 
+    def recheck(self) -> None:
+        """As `DocumentStream.recheck`."""
+        for stream in self._streams:
+            stream.recheck()
+
     def left(self, position: int) -> int:
         """As `DocumentStream.left`."""
         stream, place = self._source(position)

@@ -111,7 +111,8 @@ class PackedDataset:
         """The pack at `index` >= 0: `read` of position index * seq_len.
 
         Raises:
-            UserError: a token id outside the vocabulary, naming file and document.
+            DataError: a shard has gone or changed, cannot be read or holds an id outside the
+                vocabulary, naming file and document.
         """
         return self.read(index * self.seq_len, self.seq_len)
 
@@ -119,12 +120,14 @@ class PackedDataset:
         """The stream's tokens [start, start + seq_len), a pure function of seed and arguments.
 
         Raises:
-            UserError: a token id outside the vocabulary, naming file and document.
+            DataError: a shard has gone or changed, cannot be read or holds an id outside the
+                vocabulary, naming file and document.
         """
         tokens = np.empty(seq_len, np.int64)
         labels = np.empty(seq_len, np.int64)
         lengths: list[int] = []
         filled = 0
+        self._stream.recheck()
         while filled < seq_len:
             ids, following = self._stream.segment(start + filled, seq_len - filled)
             end = filled + len(ids)

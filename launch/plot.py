@@ -1,6 +1,8 @@
 """The loss curve of a run as a PNG."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE, read_lines
 
@@ -43,5 +45,7 @@ def plot_loss(
     return path
 
 
-def _curve(lines: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    return [line["step"] for line in lines], [line["loss"] for line in lines]
+def _curve(lines: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    # A null is a loss that was not finite: a gap in the curve.
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
+    return [line["step"] for line in lines], losses

@@ -1,9 +1,6 @@
-"""Which rank this process is.
+"""A process's place in the job."""
 
-A launcher is known by the variables it sets. Adding one is one function in `_LAUNCHERS`.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ringattn.errors import UserError
@@ -19,6 +16,9 @@ class Ranks:
         rank, world: place among all processes.
         local_rank, local_world: place among those of this host.
         launcher: who started the process; `LOCAL_LAUNCHER` is a single process of its own.
+        node: number that the launcher gives this host; None where it gives none.
+        placed: whether the launcher said local_rank and local_world; else they are guesses until
+            ranks have compared their hosts.
     """
 
     rank: int = 0
@@ -26,58 +26,41 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     launcher: str = LOCAL_LAUNCHER
+    node: int | None = None
+    placed: bool = True
 
 
-def discover_ranks(environ: Mapping[str, str]) -> Ranks | None:
-    """The place that a launcher's variables give this process; None without a launcher.
+@dataclass(frozen=True)
+class Joined:
+    """What a launcher says.
+
+    Attributes:
+        ranks: this process's place.
+        master: address and port at which the ranks meet, where torchrun's variables do not say.
+    """
+
+    ranks: Ranks
+    master: tuple[str, int] | None = None
+
+
+def integer(
+    environ: Mapping[str, str],
+    key: str,
+    *,
+    least: int,
+    default: int | None = None,
+    fix: str = "start with torchrun",
+) -> int:
+    """The number in a launcher's variable.
 
     Raises:
-        UserError: the variables are incomplete or no numbers.
+        UserError: it is missing and has no default, or is no integer of at least `least`.
     """
-    for find in _LAUNCHERS:
-        if (ranks := find(environ)) is not None:
-            return ranks
-    return None
-
-
-def _torchrun(environ: Mapping[str, str]) -> Ranks | None:
-    """torchrun and everything that speaks its convention: RANK and WORLD_SIZE."""
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return None
-    world = _integer(environ, "WORLD_SIZE", least=1)
-    rank = _integer(environ, "RANK", least=0)
-    if rank >= world:
-        raise UserError(
-            f"RANK={rank}", f"must be below WORLD_SIZE={world}", "unset both, or use torchrun"
-        )
-    for key in ("MASTER_ADDR", "MASTER_PORT"):
-        if key not in environ:
-            raise UserError(
-                f"RANK={rank}", f"needs {key} beside it", "unset RANK, or start with torchrun"
-            )
-    # Without LOCAL_* every rank is taken to be on this host.
-    local_rank = _integer(environ, "LOCAL_RANK", least=0, default=rank)
-    local_world = _integer(environ, "LOCAL_WORLD_SIZE", least=1, default=world)
-    return Ranks(
-        rank=rank,
-        world=world,
-        local_rank=local_rank,
-        local_world=local_world,
-        launcher="torchrun",
-    )
-
-
-_LAUNCHERS: tuple[Callable[[Mapping[str, str]], Ranks | None], ...] = (_torchrun,)
-
-
-def _integer(
-    environ: Mapping[str, str], key: str, *, least: int, default: int | None = None
-) -> int:
     text = environ.get(key)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdecimal() or int(text) < least:
-        raise UserError(
-            f"{key}={text}", f"must be an integer of at least {least}", "start with torchrun"
-        )
+    if text is None:
+        raise UserError(key, "is not set, beside other variables of a launcher", fix)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{key}={text}", f"must be an integer of at least {least}", fix)
     return int(text)

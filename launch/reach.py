@@ -9,8 +9,6 @@ import json
 import os
 import selectors
 import socket
-import struct
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,10 +17,10 @@ import torch.distributed as dist
 
 from ringattn.errors import UserError
 from ringattn.launch.ranks import Ranks
+from ringattn.parallel.network import is_loopback, network_interfaces
 
 _STANDS, _FOUND, _VERDICT = "ringattn/reach/at/", "ringattn/reach/found/", "ringattn/reach/verdict"
 _CONNECT_S = 20.0  # a lost first packet is sent again after 1, 3, 7 and 15 s
-_SIOCGIFADDR, _IFREQ = 0x8915, 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ def check_reach(
     Raises:
         UserError: on every rank alike, naming two ranks that cannot reach each other.
     """
-    if ranks.local_world == ranks.world:
+    if ranks.local_world == ranks.world or not network_interfaces():
         return
     if ranks.local_rank:
         store.set(f"{_STANDS}{ranks.rank}", "")
@@ -77,13 +75,13 @@ def check_reach(
             for text in store.multi_get([f"{_STANDS}{rank}" for rank in range(ranks.world)])
             if text
         ]
-        if not mistake:
+        if not mistake and stand.address:
             mistake = _connect(stand, stands, min(timeout_s, _CONNECT_S))
         store.set(f"{_FOUND}{ranks.rank}", json.dumps(mistake))
         if ranks.rank == 0:
             found = store.multi_get([f"{_FOUND}{one.rank}" for one in stands])
-            mistakes = [text for text in found if json.loads(text)]
-            store.set(_VERDICT, mistakes[0] if mistakes else "[]")
+            mistakes = [heard for text in found if (heard := json.loads(text))]
+            store.set(_VERDICT, json.dumps(mistakes[0] if mistakes else []))
         _agree(store)  # until everybody has connected, the listener stays
 
 
@@ -99,35 +97,38 @@ def _stand(
     host, name = socket.gethostname(), environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     nowhere = _Stand(rank=rank, host=host, interface=name)
     try:
-        address = _address_of(name) if name else socket.gethostbyname(host)
+        addresses = _addresses_of(name) if name else _addresses_of_host(host)
+        address = next((one for one in addresses if ":" not in one), None)
+        if address is None:
+            return nowhere, []  # IPv6 alone is not looked at
         listener.bind((address, 0))
         listener.listen(socket.SOMAXCONN)
     except OSError as error:
         what = f"GLOO_SOCKET_IFNAME={name}" if name else f"host name {host}"
-        there = ", ".join(name for _, name in socket.if_nameindex())
+        there = ", ".join(one.name for one in network_interfaces() if one.up and one.addresses)
         rule = f"gives {nowhere} no address ({error.strerror or error})"
         return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
-    at = _Stand(rank=rank, host=host, interface=name, address=address, port=_port(listener))
-    if address.startswith("127."):
-        rule = "takes a loopback address, which no other host can reach"
-        return at, [str(at), rule, _fix(at)]
+    port = int(listener.getsockname()[1])
+    at = _Stand(rank=rank, host=host, interface=name, address=address, port=port)
+    if is_loopback(address):
+        return at, [str(at), "takes a loopback address, which no other host can reach", _fix(at)]
     return at, []
 
 
-def _port(listener: socket.socket) -> int:
-    return int(listener.getsockname()[1])
+def _addresses_of(interface: str) -> tuple[str, ...]:
+    """Addresses of an interface of this host. Raises OSError."""
+    for one in network_interfaces():
+        if one.name == interface:
+            if one.addresses:
+                return one.addresses
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
 
-def _address_of(interface: str) -> str:
-    """The first IPv4 address of an interface. Raises OSError."""
-    if sys.platform != "linux":
-        return socket.gethostbyname(socket.gethostname())
-    import fcntl  # absent on Windows
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack(f"{_IFREQ}s", interface.encode()[:15])
-        answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-    return socket.inet_ntoa(answer[20:24])
+def _addresses_of_host(name: str) -> tuple[str, ...]:
+    """Addresses that a host name leads to. Raises OSError."""
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return tuple(str(where[0]) for *_, where in found)
 
 
 def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:

@@ -4,7 +4,9 @@ job                        name of the launcher's job that writes here; "" witho
 failures/                  reports of faults
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
-metrics.jsonl, eval.jsonl, tensorboard/, loss.png, summary.json, checkpoints/, profile/
+run_id                     drawn when the run starts from step 0, and named by its checkpoints
+metrics.jsonl, eval.jsonl, events.jsonl, tensorboard/, loss.png, summary.json, checkpoints/,
+profile/
 previous-N/                what an earlier run left, set aside by checkpoint.resume=never
 """
 
@@ -16,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.errors import UserError
-from ringattn.launch.checkpoint import find_checkpoints
+from ringattn.launch.checkpoint_choice import RUN_ID_FILE, list_checkpoints
 from ringattn.launch.config_load import dump_config
+from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
 from ringattn.launch.restart import JOB_FILE, job_name
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
-_STATE = ("checkpoints", "tensorboard", METRICS_FILE, EVAL_FILE)
+_STATE = ("checkpoints", RUN_ID_FILE, "tensorboard", METRICS_FILE, EVAL_FILE, EVENTS_FILE)
 
 
 def open_run_folder(job: Job) -> Path:
@@ -42,7 +45,7 @@ def open_run_folder(job: Job) -> Path:
     folder = Path(job.config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if job.checkpoint is None and find_checkpoints(folder):
+        if job.checkpoint is None and list_checkpoints(folder):
             _set_aside(folder)
         (folder / JOB_FILE).write_text(job_name(os.environ), encoding="utf-8")
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")

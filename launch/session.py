@@ -12,11 +12,18 @@ import torch
 import torch.distributed as dist
 
 from ringattn.errors import UserError
+from ringattn.launch.binding import choose_cores, on_cores, use_interface
 from ringattn.launch.config import Config
 from ringattn.launch.control import StopRequest
+from ringattn.launch.launchers import export_ranks
+from ringattn.launch.mpi import leave_mpi
+from ringattn.launch.places import Place, find_places
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
 from ringattn.launch.reach import check_reach
 from ringattn.launch.whereabouts import Whereabouts
+from ringattn.parallel.cores import read_numa_nodes
+from ringattn.parallel.host import usable_cpus, visible_gpus
+from ringattn.parallel.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,8 @@ class Session:
         ranks: its place in the job.
         device: its device. shared: whether other ranks use the same GPU.
         timeout: how long a collective waits for a missing rank.
+        topology: the nodes of the job; None where nobody looked.
+        gpu_sharers: ranks of this host that see the same GPUs; None for all of the host.
         where: what this rank does, kept up to date for reports.
         request: whether a scheduler wants the job to save and end.
     """
@@ -35,6 +44,8 @@ class Session:
     device: torch.device
     timeout: timedelta
     shared: bool = False
+    topology: Topology | None = None
+    gpu_sharers: int | None = None
     where: Whereabouts = field(default_factory=Whereabouts)
     request: StopRequest = field(default_factory=StopRequest)
 
@@ -42,6 +53,11 @@ class Session:
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the person."""
         return self.ranks.rank == 0
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share the GPUs that this one sees, for `place_ranks`."""
+        return self.gpu_sharers or self.ranks.local_world
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -122,51 +138,82 @@ def open_session(
 ) -> Iterator[Session]:
     """Sets up this process as a rank and joins the default process group; leaves it at the end.
 
-    Sets the number of CPU threads and the deterministic mode, which are properties of the process
-    and put back at the end, and the current CUDA device.
+    Finds out who shares this host and its GPUs first, which communicates through `store`. Sets the
+    CPUs and the number of CPU threads, and the deterministic mode, which are properties of the
+    process and put back at the end; the current CUDA device; and variables that name the network
+    interface.
 
     Raises:
-        UserError: the device is not there, or hosts cannot reach each other.
+        UserError: the device or the interface is not there, launcher's variables contradict what
+            ranks find, or hosts cannot reach each other.
     """
     timeout = timedelta(seconds=config.run.timeout_s)
-    placement = place_ranks(config, ranks.local_world)
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
-    if config.train.deterministic:
-        # cuBLAS reads this when it is first used; without it deterministic products are refused.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    ranks, place, topology = find_places(ranks, store, gpus=config.run.device != "cpu")
+    if not ranks.placed:
+        export_ranks(os.environ, ranks)
+    placement = place_ranks(config, place.gpu_sharers)
+    shared = placement.shared or (placement.device_type == "cuda" and place.crowded)
+    if shared and config.run.device == "cuda":
+        raise UserError(
+            "run.device=cuda",
+            "two ranks of the job have one GPU",
+            "start one rank per GPU, or set run.device=cuda_shared",
+        )
     device, backend = torch.device("cpu"), "gloo"
     if placement.device_type == "cuda":
-        device = torch.device("cuda", ranks.local_rank % placement.gpus)
+        device = torch.device("cuda", place.gpu or 0)
         torch.cuda.set_device(device)
-        backend = "gloo" if placement.shared else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
+    use_interface(os.environ, config.run.interface, ranks)
     check_reach(ranks, store, os.environ, config.run.timeout_s)
-    dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
-    )
-    finished = False
-    try:
-        yield Session(
-            ranks=ranks,
-            device=device,
-            timeout=timeout,
-            shared=placement.shared,
-            where=where or Whereabouts(),
-            request=request or StopRequest(),
+    with _process_settings(config, place, device):
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
         )
-        finished = True
-    finally:
-        # After a failure peers may be gone, and an orderly shutdown would wait for them.
-        if finished or ranks.world == 1:
-            dist.destroy_process_group()
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        finished = False
+        try:
+            yield Session(
+                ranks=ranks,
+                device=device,
+                timeout=timeout,
+                shared=shared,
+                topology=topology,
+                gpu_sharers=place.gpu_sharers,
+                where=where or Whereabouts(),
+                request=request or StopRequest(),
+            )
+            finished = True
+        finally:
+            # After a failure peers may be gone, and an orderly shutdown would wait for them.
+            if finished or ranks.world == 1:
+                dist.destroy_process_group()
+            if finished:
+                leave_mpi()
 
 
-def threads_per_rank(config: Config, local_world: int) -> int:
-    """CPU threads of each rank: as configured, else the usable cores shared by the host's ranks."""
+@contextmanager
+def _process_settings(config: Config, place: Place, device: torch.device) -> Iterator[None]:
+    """CPUs, CPU threads and determinism of this process while inside."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads = threads_per_rank(config, place.core_sharers)
+    numa = visible_gpus()[device.index].numa if device.type == "cuda" else None
+    # The CPUs first: threads inherit them from the one that starts them.
+    with on_cores(choose_cores(place, read_numa_nodes(), usable_cpus(), numa)):
+        torch.set_num_threads(threads)
+        if config.train.deterministic:
+            # cuBLAS reads this when it is first used; without it deterministic products are
+            # refused.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1])
+
+
+def threads_per_rank(config: Config, sharers: int) -> int:
+    """CPU threads of each of the ranks that may use the same CPUs: as configured, else a share."""
     if config.train.threads_per_rank is not None:
         return config.train.threads_per_rank
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // local_world)
+    return max(1, len(usable_cpus()) // sharers)

@@ -13,17 +13,24 @@ from ringattn.launch.model import Transformer
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.plot import plot_loss
 from ringattn.launch.sample import generate
+from ringattn.launch.write_policy import WritePolicy
 
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 64, 200
 
 
-def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics | None) -> None:
+def write_summary(
+    job: Job,
+    model: Transformer | None,
+    evaluation: EvalMetrics | None,
+    policy: WritePolicy | None = None,
+) -> None:
     """Writes loss.png and summary.json and prints the summary on stdout; for one rank.
 
     Args:
         job: the finished run.
         model: its final weights; None where no rank holds all of them: then there is no text.
         evaluation: on the held-out split, None without one.
+        policy: what a file that cannot be written means; what is printed is printed anyway.
     """
     folder = Path(job.config.run.dir)
     # A mixture's tokens are not those that one corpus's entropy was measured on.
@@ -36,7 +43,6 @@ def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics |
             if value is not None:
                 losses[f"{name} entropy"] = value["nats"]
     prompt, text = ("", "") if model is None else _sample(job, model)
-    plot_loss(folder, job.config.run.name or folder.name, entropy)
     lines = [f"finished {job.config.train.steps} steps"]
     lines += [
         f"  {name:<16}{v:8.4f} nats {v / math.log(2):8.4f} bits" for name, v in losses.items()
@@ -49,7 +55,13 @@ def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics |
         "nats": losses,
         "sample": {"prompt": prompt, "text": text},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    failure = None
+    try:
+        content = json.dumps(summary, indent=1) + "\n"
+        (folder / "summary.json").write_text(content, encoding="utf-8")
+        plot_loss(folder, job.config.run.name or folder.name, entropy)
+    except OSError as error:
+        failure = error
     lines.append(f"written to {folder}")
     for name, what in _CONTENTS:
         if (folder / name).exists():
@@ -57,12 +69,15 @@ def write_summary(job: Job, model: Transformer | None, evaluation: EvalMetrics |
     if saved := find_checkpoints(folder):
         lines.append(f"  {'checkpoints':<16}newest {saved[-1].name}")
     print("\n".join(lines), flush=True)
+    if failure is not None:
+        (policy or WritePolicy()).failed(f"summary in {folder}", failure)
 
 
 _CONTENTS = (
     ("config.yaml", "the resolved configuration"),
     ("metrics.jsonl", "one object per step"),
     ("eval.jsonl", "one object per evaluation"),
+    ("events.jsonl", "steps that went wrong, slow ranks, restarts"),
     ("loss.png", "the loss curve"),
     ("summary.json", "what is printed here"),
     ("tensorboard", "the same for TensorBoard"),

@@ -18,9 +18,10 @@ from ringattn.launch.control import StopRequest, heeding_signals
 from ringattn.launch.elastic import describe_fit, fit_to_world
 from ringattn.launch.failure import Failure, print_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
+from ringattn.launch.launchers import Launcher, discover_ranks
 from ringattn.launch.local_ranks import start_local_ranks
 from ringattn.launch.monitor import Monitor
-from ringattn.launch.ranks import Ranks, discover_ranks
+from ringattn.launch.ranks import Ranks
 from ringattn.launch.restart import resume_after_restart
 from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
@@ -31,13 +32,14 @@ _REPORT_GRACE_S = 10.0
 Body = Callable[[Config, Session], None]
 
 
-def train(config: Config, *, max_restarts: int = 0) -> int:
+def train(config: Config, launcher: Launcher = "auto", *, max_restarts: int = 0) -> int:
     """Trains under the launcher that started this process, or on local ranks of its own.
 
     Everything that can be checked without ranks is checked before any is started.
 
     Args:
         config: the run.
+        launcher: as in `discover_ranks`.
         max_restarts: without a launcher, ranks are started again so often after a failure.
 
     Returns:
@@ -48,6 +50,7 @@ def train(config: Config, *, max_restarts: int = 0) -> int:
         config,
         _train_rank,
         partial(check_before_start, config),
+        launcher,
         max_restarts=max_restarts,
         preemptible=True,
     )
@@ -57,6 +60,7 @@ def on_ranks(
     config: Config,
     body: Body,
     check: Callable[[], None],
+    launcher: Launcher = "auto",
     *,
     max_restarts: int = 0,
     preemptible: bool = False,
@@ -67,13 +71,14 @@ def on_ranks(
         config: dp × cp ranks, device, timeout.
         body: what a rank does; picklable.
         check: called once before local ranks are started; raises UserError.
+        launcher: as in `discover_ranks`.
         max_restarts: local ranks are started again so often after a failure.
         preemptible: `body` looks at ``Session.request`` and ends in order when it is set.
 
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
-    ranks = discover_ranks(os.environ)
+    ranks = discover_ranks(os.environ, launcher)
     if ranks is not None:
         return _run_rank(config, ranks, body, preemptible)
     code = run_reporting(check)
@@ -96,7 +101,7 @@ def _train_rank(config: Config, session: Session) -> None:
     if session.is_main:
         prepare_corpus(config)
     session.barrier()
-    Trainer(open_job(config, session.ranks.local_world), session).fit()
+    Trainer(open_job(config, session.sharers), session).fit()
 
 
 def check_before_start(config: Config) -> None:

@@ -1,42 +1,34 @@
 """The training loop of one rank."""
 
-import json
 import math
 import time
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import UserError
-from ringattn.launch.checkpoint import (
-    FORMAT_VERSION,
-    CheckpointState,
-    load_tensors,
-    save_checkpoint,
-)
 from ringattn.launch.control import StepControl
 from ringattn.launch.data_loader import Loader, StepBatch
 from ringattn.launch.degree_feed import open_degrees
 from ringattn.launch.engine import open_engine
 from ringattn.launch.evaluate import evaluate
+from ringattn.launch.events import EventLog
 from ringattn.launch.feed import LayerPlans, open_loader, own_areas, step_batches, take_share
 from ringattn.launch.flops import flops_per_step
-from ringattn.launch.initial_weights import load_weights
+from ringattn.launch.guard import RollBack
 from ringattn.launch.job import Job, build_context
-from ringattn.launch.metrics import EvalMetrics, MetricsWriter, StepMetrics, peak_flops
+from ringattn.launch.metrics import EvalMetrics, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
-from ringattn.launch.progress import ProgressLine
 from ringattn.launch.run_folder import open_run_folder
+from ringattn.launch.run_log import RunLog
+from ringattn.launch.saver import Saver
 from ringattn.launch.schedule import learning_rate
 from ringattn.launch.session import Session
+from ringattn.launch.step_faults import StepFaults
+from ringattn.launch.straggler import OwnWork, slowest
 from ringattn.launch.summary import write_summary
 from ringattn.launch.weights import weight_source
 from ringattn.parallel.mesh import build_mesh
-
-_RNG = "rng/cpu"
 
 
 class Trainer:
@@ -58,49 +50,64 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         weights = weight_source(self.config, job.shape)
         self.engine = open_engine(self.config, job.shape, session.device, self.mesh, weights)
+        self.run_dir = Path(self.config.run.dir)
+        self.log = RunLog(self.config, active=session.is_main)
         staged = "cuda" if session.shared else None
         try:
-            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged)
-            self.degrees = open_degrees(job, self.cp, session.timeout, staged)
+            self.saver = Saver(
+                job, self.engine, self.mesh, session.device, session.timeout, self.log.warn
+            )
+            topology = session.topology
+            self.cp = build_context(self.config, job.shape, self.mesh.cp_mesh, staged, topology)
+            self.degrees = open_degrees(job, self.cp, session.timeout, staged, topology)
             contexts = [self.cp] if self.degrees is None else self.degrees.contexts.values()
             session.where.places += [context.place for context in contexts]
-            self.start, origin = self._restore()
+            self._own_work = OwnWork(session.device)
+            self.engine.around_waits(self._own_work.pause, self._own_work.resume)
+            self.faults = StepFaults(self.config, self.mesh.world, self.mesh.rank, self.log.note)
+            found = self.saver.restore()
         except BaseException:
             self.engine.close()
             raise
-        self._saved = self.start  # the newest step whose state is stored
-        self.batches = step_batches(self.config, self.start, origin)
-        self.run_dir = Path(self.config.run.dir)
+        self.start = self._saved = found.step  # steps done; the newest that is stored
+        self.faults.guard.restore(found.guard)
+        self.batches = step_batches(self.config, found.step, found.position)
         self._peak = peak_flops(session.device)
-        self._writer: MetricsWriter | None = None
-        self._progress: ProgressLine | None = None
 
     def fit(self) -> None:
-        """Trains to ``train.steps``, evaluating, saving and reporting as configured; once."""
+        """Trains to ``train.steps``, evaluating, saving and reporting as configured; once.
+
+        Ends earlier, in order and with everything saved, when a scheduler asks for it.
+        """
         try:
             self._fit()
+        except BaseException as error:
+            self.saver.close(error)
+            raise
         finally:
             self.engine.close()
 
     def _fit(self) -> None:
-        train = self.config.train
         if self.session.is_main:
             open_run_folder(self.job)
-            self._writer = MetricsWriter(self.run_dir, self.start)
-            self._progress = ProgressLine(self.start, train.steps, train.log_every)
         self.session.barrier()
-        last_eval, finished = None, False
+        result, finished = None, False
         try:
-            finished, last_eval = self._run_steps()
-            if finished and self.start == train.steps:
-                last_eval = self._evaluate(train.steps, record=False)
+            while True:
+                self.log.open(self.start)
+                try:
+                    finished, result = self._run_steps()
+                    break
+                except RollBack as bad:
+                    self._roll_back(bad)
+            if finished and self.start == self.config.train.steps:
+                result = self._evaluate(self.start, record=False)
+            self.session.where.enter("finishing")
+            self.saver.wait(last=True)
         finally:
-            for part in (self._progress, self._writer):
-                if part is not None:
-                    part.close()
-        self.session.where.enter("finishing")
+            self.log.close()
         if self.session.is_main and finished:
-            write_summary(self.job, self.engine.whole_model(), last_eval)
+            write_summary(self.job, self.engine.whole_model(), result, self.log.policy)
         self.session.barrier()
 
     def _run_steps(self) -> tuple[bool, EvalMetrics | None]:
@@ -109,25 +116,36 @@ class Trainer:
         Returns:
             Whether the last step is done, else a scheduler wants the job to end and its state is
             saved; and the last step's evaluation.
+
+        Raises:
+            RollBack: a step went so wrong that the run is to go back.
         """
         train, where = self.config.train, self.session.where
         trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
         control = StepControl(self.mesh.world, self.session.request)
-        last_eval = None
+        result = None
         with self._open_loader() as loader, StepProfiler(train.profile_steps, trace) as profiler:
             began = time.perf_counter()
             for batch in loader:
                 where.enter("training", batch.step + 1, watched=batch.step > self.start)
-                if control.agree().stop:
+                wanted = control.agree(
+                    unreadable=batch.error is not None, unsaved=self.saver.failed
+                )
+                if wanted.unsaved:
+                    self.saver.wait()
+                if wanted.stop:
                     self._leave_early(batch.step)
-                    return False, last_eval
-                profiler.before(batch.step)
-                metrics = self._train_step(batch, began)
-                profiler.after(batch.step)
-                last_eval = self._after_step(metrics)
+                    return False, result
+                if wanted.unreadable:
+                    metrics = self._leave_out(batch, began)
+                else:
+                    profiler.before(batch.step)
+                    metrics = self._train_step(batch, began)
+                    profiler.after(batch.step)
+                result = self._after_step(metrics)
                 where.enter("loading data", batch.step + 2)
                 began = time.perf_counter()
-        return True, last_eval
+        return True, result
 
     def _open_loader(self) -> Loader[LayerPlans]:
         return open_loader(
@@ -139,70 +157,108 @@ class Trainer:
             self.job.shape.windows,
             self.degrees and self.degrees.deal,
             self.config.memory.recomputed,
+            keep_errors=True,
         )
+
+    def _roll_back(self, bad: RollBack) -> None:
+        """Restores the newest checkpoint, and goes on with the data after the bad step."""
+        self.session.where.enter("rolling back", bad.step)
+        found = self.saver.restore()
+        self.start = self._saved = found.step
+        self.faults.guard.roll_back(found.guard)
+        self.batches = step_batches(self.config, found.step, bad.position)
+        self.log.note(f"back to step {found.step}: {bad}")
+
+    def _save_early(self, step: int) -> None:
+        """Saves the state after `step` steps, where that is not stored yet."""
+        if step > self._saved:
+            self._save(step)
 
     def _leave_early(self, step: int) -> None:
         """Saves the state after `step` steps, for a scheduler that wants the job to end."""
-        if step > self.start and step != self._saved:
-            self._save(step)
-        if self._progress is not None:
+        self._save_early(step)
+        if self.session.is_main:
             asked = self.session.request.signal or "a signal to another rank"
-            self._progress.note(
-                f"stopped after step {step} ({asked}); the same command goes on from there"
-            )
+            text = f"stopped after step {step} ({asked}); the same command goes on from there"
+            EventLog(self.run_dir).write("preemption", step, text)
+            self.log.note(text)
 
     def _train_step(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """One optimizer step. The loss is summed over ranks and divided by the step's counted
         tokens, never averaged per rank: ranks hold different numbers of counted tokens."""
         valid = max(batch.valid_tokens, 1)
-        # Loss sum of this rank, and each layer's mask area, which counts once per pack.
-        layers = self.job.shape.layers
-        sums = torch.zeros(1 + layers, dtype=torch.float64, device=self.session.device)
+        # Loss sum of this rank, each layer's mask area, which counts once per pack, and seconds of
+        # own work, in a place for each rank.
+        layers, world = self.job.shape.layers, self.mesh.world.size()
+        sums = torch.zeros(1 + layers + world, dtype=torch.float64, device=self.session.device)
         areas = torch.zeros(layers, dtype=torch.float64)
         for index, micro in enumerate(batch.micro):
-            share = take_share(micro, self.session.device)
-            loss = self.engine.loss_sum(
-                share.tokens_BT, share.labels_BT, share.positions_T, share.attend
-            )
+            with self._own_work.forward():
+                share = self._own_work.timed(take_share(micro, self.session.device))
+                loss = self.engine.loss_sum(
+                    share.tokens_BT, share.labels_BT, share.positions_T, share.attend
+                )
             self.engine.backward(loss / valid, last=index == len(batch.micro) - 1)
             sums[0] += loss.detach()
             areas += torch.tensor(own_areas(micro), dtype=torch.float64)
-        sums[1:] = areas
-        rate = learning_rate(self.config.train, batch.step)
-        norm = self.engine.step(rate)
+        sums[1 : 1 + layers] = areas
+        sums[1 + layers + self.mesh.rank] = self._own_work.take()
         dist.all_reduce(sums, group=self.mesh.world)
-        loss_sum, *area = sums.tolist()
-        if not math.isfinite(loss_sum):
-            # Every rank sees the same sum. Nothing is saved after this step.
-            raise UserError(
-                f"loss={loss_sum}",
-                f"step {batch.step + 1} must have a finite loss",
-                "lower train.lr and resume from the last checkpoint",
-            )
+        loss_sum, *others = sums.tolist()
+        area, seconds = others[:layers], others[layers:]
+        loss, norm = loss_sum / valid, math.nan
+        rate = learning_rate(self.config.train, batch.step)
+        # Every rank sees the same sum and norm, and judges alike.
+        step = batch.step + 1
+        verdict = self.faults.guard.judge(step, loss)
+        if verdict.good:
+            norm = float(self.engine.step(rate))
+            verdict = self.faults.guard.judge(step, loss, norm)
+        else:
+            self.engine.discard()
+        self.faults.settle(verdict, step, loss, self.batches.position(step))
+        self.faults.name_stragglers(step, seconds)
         step_s = time.perf_counter() - began
         tokens = self.batches.tokens(batch.step)
         mfu = None
         if self._peak is not None:
             flops = flops_per_step(self.job.shape, tokens, [int(a) for a in area])
             mfu = flops / (step_s * self._peak * self.config.world)
+        slow_rank, slow_ratio = slowest(seconds)
         return StepMetrics(
-            step=batch.step + 1,
-            loss=loss_sum / valid,
+            step=step,
+            loss=loss,
             tokens=tokens,
             step_s=step_s,
             tokens_per_s=tokens / step_s,
-            grad_norm=float(norm),
+            grad_norm=norm,
             lr=rate,
             mfu=mfu,
             degrees=self.degrees and [micro.plan[0].world for micro in batch.micro],
+            fault=verdict.fault,
+            slowest_rank=slow_rank,
+            slowest_ratio=slow_ratio,
+        )
+
+    def _leave_out(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
+        """A step that some rank could not read: all ranks call it in place of the step.
+
+        Where that ends the run, the state before the step is saved first.
+        """
+        if self.config.faults.on_data_error == "stop":
+            self._save_early(batch.step)
+        return self.faults.leave_out(
+            batch.step + 1,
+            batch.error,
+            self.batches.position(batch.step + 1),
+            rate=learning_rate(self.config.train, batch.step),
+            began=began,
         )
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""
         train, step = self.config.train, metrics.step
-        if self._writer is not None and self._progress is not None:
-            self._writer.write_step(metrics)
-            self._progress.show(metrics)
+        self.log.step(metrics)
         done = step == train.steps
         result = None
         if done or (train.eval_every and step % train.eval_every == 0):
@@ -227,44 +283,11 @@ class Trainer:
             packs=self.config.train.eval_packs,
             windows=self.job.shape.windows,
         )
-        if record and self._writer is not None and self._progress is not None:
-            self._writer.write_eval(result)
-            self._progress.note(f"step {step}  held-out loss {result.loss:.4f}")
+        if record:
+            self.log.evaluation(result)
         return result
 
     def _save(self, step: int) -> None:
         self.session.where.enter("saving", step)
+        self.saver.save(step, self.batches.position(step), self.faults.guard.state())
         self._saved = step
-        state = CheckpointState(
-            format_version=FORMAT_VERSION,
-            step=step,
-            position=self.batches.position(step),
-            identity=json.loads(json.dumps(self.job.identity)),
-            config=asdict(self.config),
-        )
-        # Every random draw of a run is made on the CPU from this generator, alike on all ranks.
-        tensors = {**self.engine.tensors(), _RNG: torch.get_rng_state()}
-        save_checkpoint(
-            self.run_dir,
-            tensors,
-            state,
-            is_main=self.session.is_main,
-            barrier=self.session.barrier,
-            keep=self.config.checkpoint.keep,
-        )
-
-    def _restore(self) -> tuple[int, int]:
-        """Loads the job's checkpoint, or the weights to start from.
-
-        Returns:
-            The steps done, and the tokens read by them.
-        """
-        if self.job.checkpoint is None:
-            if self.job.weights is not None:
-                self.engine.load(partial(load_weights, self.job.weights))
-            return 0, 0
-        path, state = self.job.checkpoint
-        rng = torch.get_rng_state()
-        self.engine.load(lambda tensors: load_tensors(path, {**tensors, _RNG: rng}))
-        torch.set_rng_state(rng)
-        return state.step, state.position

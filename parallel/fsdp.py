@@ -63,7 +63,7 @@ def shard_layers(
     fully_shard(
         model, mesh=mesh, reshard_after_forward=False, mp_policy=mixed, offload_policy=policy
     )
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         # The loss is divided by the step's global token count, so gradients add up. A plain sum
         # is also all that gloo can do.
         module.set_gradient_divide_factor(1.0)
@@ -72,7 +72,7 @@ def shard_layers(
 
 def reshard(model: nn.Module) -> None:
     """Gives up every gathered parameter, which a forward without a backward leaves behind."""
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.reshard()
 
 
@@ -98,5 +98,6 @@ def clip_shards(
     return norm
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The parts of a model whose parameters are gathered together."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -73,7 +73,9 @@ class ZeroOptions:
             "gradient_accumulation_steps": self.accumulate,
             "gradient_clipping": self.clip_norm,
             "steps_per_print": None,
-            "bf16": {"enabled": self.bf16},
+            # Where DeepSpeed skips an update itself, gradients offloaded in stages 1 and 2 stay in
+            # its buffers and spoil the next step; `guard_updates` needs no such check.
+            "bf16": {"enabled": self.bf16, "check_grad_overflow": False},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             # Updates in host memory are PyTorch's own: DeepSpeed's need a compiler at run time.
@@ -107,6 +109,8 @@ def deepspeed_on(device: torch.device, group: dist.ProcessGroup) -> Iterator[Mod
     """
     require_deepspeed()
     local = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
+    if (other := "OMPI_COMM_WORLD_LOCAL_RANK") in os.environ:
+        local[other] = local["LOCAL_RANK"]  # it insists that both are equal
     with _environment(local), warnings.catch_warnings():
         # It calls collectives by names that PyTorch is giving up.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
@@ -174,6 +178,20 @@ def open_zero(
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config=options.config(), dist_init_required=False
     )[0]
+
+
+def guard_updates(optimizer: torch.optim.Optimizer, allowed: Callable[[], bool]) -> None:
+    """Makes ``optimizer.step`` do nothing when `allowed` says no, which it is asked each time.
+
+    The engine around it then writes back the weights that it has, and clears gradients as ever.
+    """
+    update = optimizer.step
+
+    def step(closure: Any = None) -> Any:
+        return update(closure) if allowed() else None
+
+    # On the instance: DeepSpeed takes only optimizers of the classes that it knows.
+    vars(optimizer)["step"] = step
 
 
 def _accelerator(device_type: str) -> Any:

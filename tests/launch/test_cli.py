@@ -213,6 +213,7 @@ def test_one_rank_trains_and_samples_in_process(
     assert list((run_dir / "tensorboard").iterdir())
     assert load_config(run_dir / "config.yaml").train.steps == 2
     keys = {"step", "loss", "tokens", "step_s", "tokens_per_s", "grad_norm", "lr", "mfu", "degrees"}
+    keys |= {"fault", "slowest_rank", "slowest_ratio"}
     for line in read_lines(run_dir / METRICS_FILE):
         assert set(line) == keys
         assert line["tokens"] == 160

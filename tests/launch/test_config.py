@@ -7,7 +7,7 @@ import pytest
 
 from ringattn.errors import UserError
 from ringattn.launch.config import Config, TrainConfig
-from ringattn.launch.config_check import check_config, check_world
+from ringattn.launch.config_check import check_config
 from ringattn.launch.config_load import config_fields, config_from_values, dump_config, load_config
 from ringattn.launch.schedule import learning_rate
 
@@ -163,15 +163,6 @@ def test_bad_values(override: str, write: Any) -> None:
     with pytest.raises(UserError, match=BAD_VALUES[override]) as caught:
         check_config(config)
     assert "\n" not in str(caught.value)
-
-
-def test_world_must_fit_the_mesh() -> None:
-    config = config_from_values({"parallel.cp": 3, "parallel.dp": 2})
-    check_world(config, 6)
-    with pytest.raises(UserError, match="parallel.cp=3: must divide the launcher's world size 4"):
-        check_world(config, 4)
-    with pytest.raises(UserError, match="parallel.dp=2: dp × cp = 6 .* set parallel.dp=3"):
-        check_world(config, 9)
 
 
 def test_learning_rate_rises_and_falls() -> None:

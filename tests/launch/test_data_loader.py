@@ -91,9 +91,9 @@ def test_user_errors_keep_their_class(dataset: PackedDataset) -> None:
 
 def test_corrupt_record_is_named(tmp_path: Path) -> None:
     folder = small_corpus(tmp_path)
-    dataset = PackedDataset(folder, "train", 5000)
     with (folder / "train-00000.bin").open("r+b") as file:
         file.write((300).to_bytes(2, "little"))
+    dataset = PackedDataset(folder, "train", 5000)
     with (
         Loader(dataset, Batches(stages=((0, 5000),)), len, stop_step=1) as loader,
         pytest.raises(UserError, match=r"train-00000\.bin: document 0, token 0: id 300"),

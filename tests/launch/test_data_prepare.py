@@ -230,7 +230,7 @@ def corrupt(folder: Path, kind: str) -> str:
         offsets = np.load(index)
         offsets[1:3] = offsets[2:0:-1].copy()
         np.save(index, offsets)
-        return r"train-00001\.idx\.npy: must rise"
+        return r"train-00001\.idx\.npy: document 1 from token \d+ to \d+: offsets must rise"
     if kind == "pickled index":
         np.save(index, np.array([{}], dtype=object), allow_pickle=True)
         return r"train-00001\.idx\.npy: is no index of offsets"

@@ -16,7 +16,7 @@ from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.model import Transformer, init_weights, random_weights
 from ringattn.launch.model_config import model_config
 from ringattn.launch.sample_run import sample_run
-from ringattn.launch.trainer import Trainer
+from ringattn.launch.saver import Restored, Saver
 from ringattn.parallel.mesh import build_mesh
 from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
 from tests.launch.engines import ENGINES, SHARDED
@@ -122,19 +122,19 @@ def _fill_with_ones(found: dict[str, torch.Tensor]) -> None:
 
 def _checked_start(checkpoint: Path) -> Any:
     """Loading into engines whose optimizers hold something; what they hold then is checked."""
-    restore = Trainer._restore
+    restore = Saver.restore
 
-    def checked(self: Trainer) -> tuple[int, int]:
-        self.engine.load(_fill_with_ones)
+    def checked(self: Saver) -> Restored:
+        self._engine.load(_fill_with_ones)
         result = restore(self)
         expected = stored_tensors(checkpoint)
-        for name, tensor in self.engine.tensors().items():
+        for name, tensor in self._engine.tensors().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             want = expected[name] if name.startswith("model/") else torch.zeros_like(whole)
             assert torch.equal(whole, want), name
         return result
 
-    return mock.patch.object(Trainer, "_restore", checked)
+    return mock.patch.object(Saver, "restore", checked)
 
 
 @pytest.fixture(scope="module")

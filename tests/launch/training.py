@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -232,13 +232,28 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher."""
+def command(
+    *arguments: str,
+    launcher: tuple[str, ...] = (),
+    outer: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "ringattn.launch"),
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher.
+
+    Args:
+        arguments: of the command.
+        launcher: what Python runs in place of the command, such as torchrun's module.
+        outer: what starts Python, such as mpiexec.
+        program: the command, as the launcher wants it named.
+        variables: of its environment, which has none of other launchers.
+    """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(key, None)
+    environment |= variables or {}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "ringattn.launch", *arguments],
+        [*outer, sys.executable, *launcher, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -259,10 +274,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int,
 
 
 def run_command(
-    *arguments: str, launcher: tuple[str, ...] = (), timeout: float = 200.0
+    *arguments: str,
+    launcher: tuple[str, ...] = (),
+    outer: tuple[str, ...] = (),
+    timeout: float = 200.0,
 ) -> tuple[int, str, str]:
     """Runs ``ringattn ARGUMENTS`` to its end."""
-    return finish(command(*arguments, launcher=launcher), timeout)
+    return finish(command(*arguments, launcher=launcher, outer=outer), timeout)
 
 
 def graphs_without_a_compiler() -> Any:
