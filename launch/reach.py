@@ -11,12 +11,13 @@ import selectors
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
 from ringattn.errors import UserError
 from ringattn.launch.ranks import Ranks
+from ringattn.parallel.host import host_key
 from ringattn.parallel.network import is_loopback, network_interfaces
 
 _STANDS, _FOUND, _VERDICT = "ringattn/reach/at/", "ringattn/reach/found/", "ringattn/reach/verdict"
@@ -28,12 +29,14 @@ class _Stand:
     """Where the first rank of a host listens.
 
     Attributes:
-        rank, host: who. interface: its name; "" where the host's own name was looked up.
+        rank, host: who. key: equal for launchers on one host, which reach each other anyhow.
+        interface: its name; "" where the host's own name was looked up.
         address, port: of the listener; "" where it has no address to listen on.
     """
 
     rank: int
     host: str
+    key: str
     interface: str
     address: str = ""
     port: int = 0
@@ -95,7 +98,7 @@ def _stand(
 ) -> tuple[_Stand, list[str]]:
     """Starts to listen; returns where, and the mistake that keeps it from doing so or nothing."""
     host, name = socket.gethostname(), environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    nowhere = _Stand(rank=rank, host=host, interface=name)
+    nowhere = _Stand(rank=rank, host=host, key=host_key(), interface=name)
     try:
         addresses = _addresses_of(name) if name else _addresses_of_host(host)
         address = next((one for one in addresses if ":" not in one), None)
@@ -109,10 +112,7 @@ def _stand(
         rule = f"gives {nowhere} no address ({error.strerror or error})"
         return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
     port = int(listener.getsockname()[1])
-    at = _Stand(rank=rank, host=host, interface=name, address=address, port=port)
-    if is_loopback(address):
-        return at, [str(at), "takes a loopback address, which no other host can reach", _fix(at)]
-    return at, []
+    return replace(nowhere, address=address, port=port), []
 
 
 def _addresses_of(interface: str) -> tuple[str, ...]:
@@ -140,8 +140,11 @@ def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:
     with selectors.DefaultSelector() as waiting:
         try:
             for other in stands:
-                if other.rank == mine.rank or not other.address:
+                if other.key == mine.key or not other.address:
                     continue
+                if is_loopback(other.address):
+                    rule = "takes a loopback address, which no other host can reach"
+                    return [str(other), rule, _fix(other)]
                 link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
                 waiting.register(link, selectors.EVENT_WRITE, other)
                 link.setblocking(False)
