@@ -88,7 +88,11 @@ def choose_interface(
         # On rank 0's own host its name may lead to loopback; others come in from far away.
         address = source_address()
         found = next((one for one in interfaces if address in one.addresses), None)
-    return found.name if found is not None and not found.loopback else None
+    if found is None or found.loopback:
+        # Without a route to far away, there may still be only one way out.
+        out = [one for one in interfaces if one.up and one.addresses and not one.loopback]
+        found = out[0] if len(out) == 1 else None
+    return found.name if found is not None else None
 
 
 def _check_interface(wanted: str, interfaces: tuple[Interface, ...]) -> None:

@@ -11,13 +11,14 @@ import selectors
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
 from ringattn.errors import UserError
 from ringattn.launch.ranks import Ranks
-from ringattn.parallel.network import network_interfaces
+from ringattn.parallel.host import host_key
+from ringattn.parallel.network import is_loopback, network_interfaces
 
 _STANDS, _FOUND, _VERDICT = "ringattn/reach/at/", "ringattn/reach/found/", "ringattn/reach/verdict"
 _CONNECT_S = 20.0  # a lost first packet is sent again after 1, 3, 7 and 15 s
@@ -28,12 +29,14 @@ class _Stand:
     """Where the first rank of a host listens.
 
     Attributes:
-        rank, host: who. interface: its name; "" where the host's own name was looked up.
+        rank, host: who. key: equal for launchers on one host, which reach each other anyhow.
+        interface: its name; "" where the host's own name was looked up.
         address, port: of the listener; "" where it has no address to listen on.
     """
 
     rank: int
     host: str
+    key: str
     interface: str
     address: str = ""
     port: int = 0
@@ -61,7 +64,7 @@ def check_reach(
     Raises:
         UserError: on every rank alike, naming two ranks that cannot reach each other.
     """
-    if ranks.local_world == ranks.world:
+    if ranks.local_world == ranks.world or not network_interfaces():
         return
     if ranks.local_rank:
         store.set(f"{_STANDS}{ranks.rank}", "")
@@ -75,13 +78,13 @@ def check_reach(
             for text in store.multi_get([f"{_STANDS}{rank}" for rank in range(ranks.world)])
             if text
         ]
-        if not mistake:
+        if not mistake and stand.address:
             mistake = _connect(stand, stands, min(timeout_s, _CONNECT_S))
         store.set(f"{_FOUND}{ranks.rank}", json.dumps(mistake))
         if ranks.rank == 0:
             found = store.multi_get([f"{_FOUND}{one.rank}" for one in stands])
-            mistakes = [text for text in found if json.loads(text)]
-            store.set(_VERDICT, mistakes[0].decode() if mistakes else "[]")
+            mistakes = [heard for text in found if (heard := json.loads(text))]
+            store.set(_VERDICT, json.dumps(mistakes[0] if mistakes else []))
         _agree(store)  # until everybody has connected, the listener stays
 
 
@@ -95,40 +98,37 @@ def _stand(
 ) -> tuple[_Stand, list[str]]:
     """Starts to listen; returns where, and the mistake that keeps it from doing so or nothing."""
     host, name = socket.gethostname(), environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    nowhere = _Stand(rank=rank, host=host, interface=name)
+    nowhere = _Stand(rank=rank, host=host, key=host_key(), interface=name)
     try:
-        address = _address_of(name, host)
-        if not address:
+        addresses = _addresses_of(name) if name else _addresses_of_host(host)
+        address = next((one for one in addresses if ":" not in one), None)
+        if address is None:
             return nowhere, []  # IPv6 alone is not looked at
         listener.bind((address, 0))
         listener.listen(socket.SOMAXCONN)
     except OSError as error:
         what = f"GLOO_SOCKET_IFNAME={name}" if name else f"host name {host}"
-        there = ", ".join(name for _, name in socket.if_nameindex())
+        there = ", ".join(one.name for one in network_interfaces() if one.up and one.addresses)
         rule = f"gives {nowhere} no address ({error.strerror or error})"
         return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
-    at = _Stand(rank=rank, host=host, interface=name, address=address, port=_port(listener))
-    if address.startswith("127."):
-        rule = "takes a loopback address, which no other host can reach"
-        return at, [str(at), rule, _fix(at)]
-    return at, []
+    port = int(listener.getsockname()[1])
+    return replace(nowhere, address=address, port=port), []
 
 
-def _port(listener: socket.socket) -> int:
-    return int(listener.getsockname()[1])
+def _addresses_of(interface: str) -> tuple[str, ...]:
+    """Addresses of an interface of this host. Raises OSError."""
+    for one in network_interfaces():
+        if one.name == interface:
+            if one.addresses:
+                return one.addresses
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
 
-def _address_of(interface: str, host: str) -> str:
-    """The first IPv4 address of an interface, or of the host's name; "" where there are others
-    only. Raises OSError where there is none."""
-    if interface:
-        named = [one.addresses for one in network_interfaces() if one.name == interface]
-        found = [address for addresses in named for address in addresses]
-    else:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None)]
-    if not found:
-        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    return next((address for address in found if ":" not in address), "")
+def _addresses_of_host(name: str) -> tuple[str, ...]:
+    """Addresses that a host name leads to. Raises OSError."""
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return tuple(str(where[0]) for *_, where in found)
 
 
 def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:
@@ -140,8 +140,11 @@ def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:
     with selectors.DefaultSelector() as waiting:
         try:
             for other in stands:
-                if other.rank == mine.rank or not other.address:
+                if other.key == mine.key or not other.address:
                     continue
+                if is_loopback(other.address):
+                    rule = "takes a loopback address, which no other host can reach"
+                    return [str(other), rule, _fix(other)]
                 link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
                 waiting.register(link, selectors.EVENT_WRITE, other)
                 link.setblocking(False)

@@ -20,7 +20,6 @@ from ringattn.launch.mpi import leave_mpi
 from ringattn.launch.places import Place, find_places
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
 from ringattn.launch.reach import check_reach
-from ringattn.launch.rendezvous import join_life
 from ringattn.launch.whereabouts import Whereabouts
 from ringattn.parallel.cores import read_numa_nodes
 from ringattn.parallel.host import usable_cpus, visible_gpus
@@ -117,8 +116,7 @@ def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     try:
         handler = dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)
-        store = cast(dist.Store, next(cast(Iterator[Any], handler))[0])
-        return join_life(store, ranks.rank, ranks.world, timeout)
+        return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -146,8 +144,8 @@ def open_session(
     interface.
 
     Raises:
-        UserError: the device or the interface is not there, or launcher's variables contradict
-            what ranks find, or hosts cannot reach each other.
+        UserError: the device or the interface is not there, launcher's variables contradict what
+            ranks find, or hosts cannot reach each other.
     """
     timeout = timedelta(seconds=config.run.timeout_s)
     ranks, place, topology = find_places(ranks, store, gpus=config.run.device != "cpu")

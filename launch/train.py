@@ -138,6 +138,9 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
     monitors: list[Monitor] = []
 
     def report(failure: Failure) -> int:
+        # A launcher also sends SIGTERM to the ranks that are left when one has failed: they must
+        # live until the report is out.
+        request.heard = True
         return monitors[0].report(failure) if monitors else _report_alone(failure, ranks)
 
     def body() -> None:
@@ -151,8 +154,6 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
         with monitors[0], open_session(fitted, ranks, store, where, request) as session:
             work(fitted, session)
 
-    # A launcher also sends SIGTERM to the ranks that are left when one has failed: they must live
-    # until the report is out.
     with heeding_signals() if preemptible else nullcontext(StopRequest()) as request:
         code = run_reporting(body, report)
     if code and ranks.world > 1:

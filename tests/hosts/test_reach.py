@@ -32,14 +32,17 @@ if rank == 0:
 """
 
 
-def check(network: Network, per_host: int, env: dict[str, str]) -> str:
+def check(
+    network: Network, per_host: int, env: dict[str, str], local_world: int | None = None
+) -> str:
     """What all ranks are told, which must be the same."""
+    local_world = local_world or per_host
     count = len(network.hosts)
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **env}
     processes: list[subprocess.Popen[str]] = []
     for rank in range(count * per_host):
         host = network.hosts[rank // per_host]
-        place = (rank, count * per_host, rank % per_host, per_host)
+        place = (rank, count * per_host, rank % local_world, local_world)
         argv = [sys.executable, "-c", _RANK, *(str(number) for number in place)]
         processes.append(host.popen(argv, environment))
     outputs = [process.communicate(timeout=100.0) for process in processes]
@@ -64,6 +67,12 @@ def test_hosts_that_do_not_are_named() -> None:
         assert "(host0, dead0, 10.78.0.1)" in line
         assert "(host1, dead0, 10.78.0.2)" in line
         assert "no answer within 3 s" in line
+
+
+@pytest.mark.full
+def test_two_launchers_on_one_host_need_no_network() -> None:
+    with open_network(1, loopback_names=True) as network:
+        assert check(network, 2, {}, local_world=1) == "reached"
 
 
 @pytest.mark.full

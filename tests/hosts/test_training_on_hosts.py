@@ -36,11 +36,16 @@ def values_of(corpus: Path, run_dir: Path, ranks: int, **overrides: Any) -> dict
 
 
 def train_on_hosts(
-    values: dict[str, Any], folder: Path, ranks: int, shape: Shape | None = None
+    values: dict[str, Any],
+    folder: Path,
+    ranks: int,
+    shape: Shape | None = None,
+    *,
+    loopback_names: bool = False,
 ) -> Lines:
     """Trains with one rank on each of as many hosts, the last one behind a link of that shape."""
     config = write_config(folder / "hosts.yaml", values)
-    with open_network(ranks) as network:
+    with open_network(ranks, loopback_names=loopback_names) as network:
         if shape:
             shape(network.hosts[-1])
         with start_job(network, config) as job:
@@ -94,13 +99,18 @@ def test_hosts_train_like_the_command_alone(
     assert_bitwise(read_lines(tmp_path / "alone" / METRICS_FILE), got)
 
 
-def refused_on_hosts(
-    corpus: Path, folder: Path, env: dict[str, str], *, loopback_names: bool = False, **values: Any
-) -> str:
+@pytest.mark.full
+def test_hosts_whose_own_names_lead_to_the_loopback(corpus: Path, tmp_path: Path) -> None:
+    """Gloo would listen on 127.0.1.1 there; the interface towards the others is found."""
+    values = values_of(corpus, tmp_path / "run", 2, train__steps=2)
+    assert len(train_on_hosts(values, tmp_path, 2, loopback_names=True)) == 2
+
+
+def refused_on_hosts(corpus: Path, folder: Path, env: dict[str, str], **values: Any) -> str:
     """The one line about a job of two hosts, each with a dead end, that must not start."""
     overrides = {"run__timeout_s": 30.0, **values}
     config = write_config(folder / "c.yaml", values_of(corpus, folder / "run", 2, **overrides))
-    with open_network(2, loopback_names=loopback_names) as network:
+    with open_network(2) as network:
         for host in network.hosts:
             host.add_dead_end()
         with start_job(network, config, env) as job:
@@ -123,3 +133,13 @@ def test_an_interface_that_is_not_there_is_named(corpus: Path, tmp_path: Path) -
     line = refused_on_hosts(corpus, tmp_path, {"GLOO_SOCKET_IFNAME": "nosuch0"})
     assert "nosuch0" in line
     assert "eth0" in line
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name, says", [("nosuch0", "is no network interface"), ("dead0", "dead0")])
+def test_the_interface_of_the_configuration(
+    corpus: Path, tmp_path: Path, name: str, says: str
+) -> None:
+    line = refused_on_hosts(corpus, tmp_path, {}, run__interface=name)
+    assert says in line
+    assert "run.interface" in line
