@@ -1,6 +1,6 @@
 """The run folder: what it holds before the first step.
 
-job                        name of the launcher's job that writes here; "" without one
+job                        which job writes here now; see `ringattn.launch.restart`
 failures/                  reports of faults
 config.yaml                resolved configuration, can be trained from again
 model.json, tokenizer/     shape and tokenizer, so that the folder alone can generate text
@@ -24,20 +24,20 @@ from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
-from ringattn.launch.restart import JOB_FILE, job_name
+from ringattn.launch.restart import claim_folder
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
 _STATE = ("checkpoints", RUN_ID_FILE, "tensorboard", METRICS_FILE, EVAL_FILE, EVENTS_FILE)
 
 
-def open_run_folder(job: Job) -> Path:
+def open_run_folder(job: Job) -> str:
     """Creates the run folder with its description; for the one rank that writes.
 
     A run that starts anew where another one left checkpoints moves them aside, so that they are
     neither lost nor taken for its own.
 
     Returns:
-        The folder.
+        The token by which this job claims the folder; see `ringattn.launch.restart`.
 
     Raises:
         UserError: it cannot be written.
@@ -47,7 +47,7 @@ def open_run_folder(job: Job) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if job.checkpoint is None and list_checkpoints(folder):
             _set_aside(folder)
-        (folder / JOB_FILE).write_text(job_name(os.environ), encoding="utf-8")
+        token = claim_folder(folder, os.environ)
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")
         model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}
         (folder / "model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def open_run_folder(job: Job) -> Path:
         raise UserError(
             f"run.dir={folder}", f"cannot be written ({error})", "name a writable folder"
         ) from None
-    return folder
+    return token
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, Tokenizer]:

@@ -19,6 +19,7 @@ from ringattn.launch.guard import RollBack
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
+from ringattn.launch.restart import check_claim
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.run_log import RunLog
 from ringattn.launch.saver import Saver
@@ -73,6 +74,7 @@ class Trainer:
         self.faults.guard.restore(found.guard)
         self.batches = step_batches(self.config, found.step, found.position)
         self._peak = peak_flops(session.device)
+        self._claim = ""  # of the run folder
 
     def fit(self) -> None:
         """Trains to ``train.steps``, evaluating, saving and reporting as configured; once.
@@ -89,7 +91,7 @@ class Trainer:
 
     def _fit(self) -> None:
         if self.session.is_main:
-            open_run_folder(self.job)
+            self._claim = open_run_folder(self.job)
         self.session.barrier()
         result, finished = None, False
         try:
@@ -290,5 +292,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.session.where.enter("saving", step)
+        if self.session.is_main:
+            check_claim(self.run_dir, self._claim)
         self.saver.save(step, self.batches.position(step), self.faults.guard.state())
         self._saved = step

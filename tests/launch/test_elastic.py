@@ -8,7 +8,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.elastic import describe_fit, fit_to_world
-from ringattn.launch.restart import JOB_FILE, resume_after_restart
+from ringattn.launch.restart import check_claim, claim_folder, resume_after_restart
 
 
 def _config(dp: int, cp: int, accumulate: int = 1, elastic: bool = True) -> Config:
@@ -58,8 +58,18 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path: Path) -> Non
     first = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "a"}
     again = first | {"TORCHELASTIC_RESTART_COUNT": "2"}
     assert resume_after_restart(config, again) is config  # it had not opened the folder yet
-    (tmp_path / JOB_FILE).write_text("a")
+    claim_folder(tmp_path, first)
     assert resume_after_restart(config, first) is config
     assert resume_after_restart(config, again).checkpoint.resume == "auto"
-    (tmp_path / JOB_FILE).write_text("another job")
+    claim_folder(tmp_path, first | {"TORCHELASTIC_RUN_ID": "b"})
     assert resume_after_restart(config, again) is config
+
+
+def test_two_jobs_do_not_share_a_run_folder(tmp_path: Path) -> None:
+    """The later one has it; the earlier one notices before it saves."""
+    mine = claim_folder(tmp_path, {})
+    check_claim(tmp_path, mine)
+    theirs = claim_folder(tmp_path, {})
+    check_claim(tmp_path, theirs)
+    with pytest.raises(UserError, match="another job has begun to write there"):
+        check_claim(tmp_path, mine)
