@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ringattn-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train extend test test-all lint format bench clean
+.PHONY: help setup train extend test test-all fuzz soak lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,12 @@ test: setup  ## the tests that every change has to pass (under 20 minutes on 2 c
 
 test-all: setup  ## the whole grid, resumable; the summary goes to tests/results
 	$(PY) -m pytest --full $(ARGS)
+
+fuzz: setup  ## attention on random cases, such as ARGS="--cases 2000 --seed 20260101"; for every night
+	$(PY) -m tests.fuzz $(ARGS)
+
+soak: setup  ## 20 minutes of training with kills: memory, file handles and threads must stay flat
+	$(PY) -m ringattn.benchmarks.soak $(ARGS)
 
 lint: setup  ## check format, style and types
 	$(VENV)/bin/ruff format --check .

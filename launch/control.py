@@ -1,5 +1,6 @@
 """What the ranks agree on before each step: to go on, to leave the step out, or to stop."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ class StopRequest:
 
     Attributes:
         signal: name of the signal that asked for it; "" while none did.
+        heard: whether anybody looks at it. Until then there is nothing to save, and a signal ends
+            the process at once, with exit code 0.
     """
 
     signal: str = ""
+    heard: bool = False
 
 
 @contextmanager
@@ -34,6 +38,8 @@ def heeding_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
+        if not request.heard:
+            os._exit(0)
         request.signal = signal.Signals(number).name
 
     before = {}

@@ -17,9 +17,10 @@ from ringattn.launch.doctor_board import GRACE_S, Board
 from ringattn.launch.doctor_report import findings, table
 from ringattn.launch.doctor_steps import Examination, Request
 from ringattn.launch.failure import AlreadyToldError
-from ringattn.launch.ranks import discover_ranks
+from ringattn.launch.launchers import discover_ranks
+from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
-from ringattn.launch.train import on_ranks
+from ringattn.launch.train import on_ranks, run_rank
 
 
 def doctor(request: Request) -> int:
@@ -31,17 +32,19 @@ def doctor(request: Request) -> int:
     Raises:
         UserError: a request that cannot be met.
     """
-    config = _config(request)
-    return on_ranks(config, partial(examine, request), partial(_check, request))
+    found = discover_ranks(os.environ, request.launcher)
+    config, body = _config(request, found), partial(examine, request)
+    if found is not None:
+        return run_rank(config, found, body)
+    return on_ranks(config, body, partial(_check, request), "none")
 
 
-def _config(request: Request) -> Config:
-    """A configuration for ranks that share one sequence."""
+def _config(request: Request, found: Ranks | None) -> Config:
+    """A configuration for ranks that share one sequence; `found` if a launcher started them."""
     if request.ranks is not None and request.ranks < 1:
         raise UserError(f"--ranks {request.ranks}", "must be at least 1", "pass e.g. 2")
     if not 1 <= request.timeout <= 3600:
         raise UserError(f"--timeout {request.timeout:g}", "must be 1 to 3600 s", "pass e.g. 60")
-    found = discover_ranks(os.environ)
     if found is not None and request.ranks not in (None, found.world):
         raise UserError(
             f"--ranks {request.ranks}",

@@ -1,9 +1,7 @@
 """What a rank runs on: versions, device, host; and where ranks differ."""
 
-import os
 import platform
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch.cuda import nccl
 
 from ringattn.launch.session import Session
+from ringattn.parallel.host import describe_host
 from ringattn.parallel.topology import ranks_per_node
 
 PACKAGES = (
@@ -35,19 +34,35 @@ def describe_rank(session: Session) -> dict[str, Any]:
 
 
 def describe_place(session: Session) -> dict[str, Any]:
-    """The host of a rank: name, ranks, CPU cores that it may use, memory in GiB."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The host of a rank: name, ranks, cores that it may use, memory in GiB, network interfaces
+    that are up, fabric ports, NUMA nodes, GPUs that NVLink joins."""
+    host = describe_host()
     return {
-        "name": socket.gethostname(),
+        "name": host.name,
         "ranks": session.ranks.local_world,
-        "cores": cores or 1,
+        "cores": len(host.cpus),
         "memory_gib": round(_host_bytes() / _GIB, 1),
+        "interfaces": [
+            {"name": i.name, "mbits": i.speed_mbits}
+            for i in host.interfaces
+            if i.up and not i.loopback
+        ],
+        "fabric": [
+            {"name": f"{port.device}:{port.port}", "gbits": port.rate_gbits}
+            for port in host.fabric
+            if port.active
+        ],
+        "numa_nodes": len(host.numa),
+        "nvlink_domain": host.nvlink_domain,
     }
 
 
 def node_size(session: Session) -> int:
     """Consecutive ranks that share a node's fast links."""
-    return ranks_per_node(session.ranks.world)
+    world = session.ranks.world
+    if session.topology is not None:
+        return session.topology.ranks_per_node(world)
+    return ranks_per_node(world)
 
 
 def find_versions() -> dict[str, str]:

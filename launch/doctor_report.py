@@ -105,7 +105,19 @@ def _facts(report: Report) -> list[str]:
         f"ranks  {len(report.facts)}, {report.node} per node, started by {first['launcher']}; "
         f"{len(hosts)} host(s): {shown}",
         f"device  {device['name']}, {device['memory_gib']:g} GiB, {device['cores']} {kind}",
+        _host(first["host"]),
     ]
+
+
+def _host(host: Mapping[str, Any]) -> str:
+    """What rank 0's host is connected by."""
+    ports = [(port["name"], port["gbits"], "Gbit/s") for port in host.get("fabric", [])]
+    ports += [(one["name"], one["mbits"], "Mbit/s") for one in host.get("interfaces", [])]
+    named = [name + (f" {speed:g} {unit}" if speed else "") for name, speed, unit in ports]
+    linked = host.get("nvlink_domain", 0)
+    parts = [f"{host['cores']} cores", f"{host.get('numa_nodes') or 1} NUMA node(s)"]
+    parts += [f"{linked} GPUs joined by NVLink"] if linked > 1 else []
+    return "host  " + ", ".join([*parts, "network " + (", ".join(named) or "none")])
 
 
 def _rates(rates: Sequence[Mapping[str, Any]]) -> list[str]:

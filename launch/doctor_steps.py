@@ -32,6 +32,7 @@ from ringattn.launch.doctor_methods import CellResult, Trial, cells_for, merge_c
 from ringattn.launch.doctor_rates import measure_rates, name_slow, work_for
 from ringattn.launch.doctor_report import Progress, Report, as_json
 from ringattn.launch.doctor_wait import call_within, finish
+from ringattn.launch.launchers import Launcher
 from ringattn.launch.session import Session
 from ringattn.schedule import Lane
 
@@ -45,12 +46,14 @@ class Request:
 
     Attributes:
         ranks: to start where no launcher did; None for one per GPU, or 2 without any.
+        launcher: as in `ringattn.launch.launchers.discover_ranks`.
         device: as ``run.device``. timeout: seconds that a step may take.
         quick: fewer masks and shorter measurements.
         json_file, out: files for the report and for the planner's cluster.
     """
 
     ranks: int | None = None
+    launcher: Launcher = "auto"
     device: str = "auto"
     timeout: float = 60.0
     quick: bool = False

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ringattn.launch.main_context import add_launcher
+
 
 def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds ``doctor``."""
@@ -16,6 +18,7 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--ranks", type=int, metavar="N",
         help="ranks to start where no launcher did (default one per GPU; 2 without GPUs)",
     )  # fmt: skip
+    add_launcher(doctor)
     doctor.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "cuda_shared"),
         help="as run.device of a configuration (default auto)",
@@ -41,6 +44,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor(
         Request(
             ranks=arguments.ranks,
+            launcher=arguments.launcher,
             device=arguments.device,
             timeout=arguments.timeout,
             quick=arguments.quick,

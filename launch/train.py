@@ -80,12 +80,12 @@ def on_ranks(
     """
     ranks = discover_ranks(os.environ, launcher)
     if ranks is not None:
-        return _run_rank(config, ranks, body, preemptible)
+        return run_rank(config, ranks, body, preemptible)
     code = run_reporting(check)
     if code:
         return code
     if config.world == 1 and not max_restarts:
-        return _run_rank(config, Ranks(), body, preemptible)
+        return run_rank(config, Ranks(), body, preemptible)
     return start_local_ranks(
         config.world,
         local_rank,
@@ -129,15 +129,18 @@ def local_rank(config: Config, body: Body, preemptible: bool) -> None:
     assert ranks is not None, "the elastic agent sets torchrun's variables"
     # Ctrl-C reaches every process of the terminal; the parent reports it and ends the ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _run_rank(config, ranks, body, preemptible)
+    run_rank(config, ranks, body, preemptible)
 
 
-def _run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool) -> int:
-    """Works as one rank; reports a failure at most once per job."""
+def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False) -> int:
+    """Works as one rank; reports a failure at most once per job. See `on_ranks`."""
     timeout = timedelta(seconds=config.run.timeout_s)
     monitors: list[Monitor] = []
 
     def report(failure: Failure) -> int:
+        # A launcher also sends SIGTERM to the ranks that are left when one has failed: they must
+        # live until the report is out.
+        request.heard = True
         return monitors[0].report(failure) if monitors else _report_alone(failure, ranks)
 
     def body() -> None:
@@ -151,8 +154,6 @@ def _run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool) -> in
         with monitors[0], open_session(fitted, ranks, store, where, request) as session:
             work(fitted, session)
 
-    # A launcher also sends SIGTERM to the ranks that are left when one has failed: they must live
-    # until the report is out.
     with heeding_signals() if preemptible else nullcontext(StopRequest()) as request:
         code = run_reporting(body, report)
     if code and ranks.world > 1:

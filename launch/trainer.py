@@ -123,6 +123,7 @@ class Trainer:
         train, where = self.config.train, self.session.where
         trace = self.run_dir / "profile" / f"rank{self.mesh.rank}.json"
         control = StepControl(self.mesh.world, self.session.request)
+        self.session.request.heard = True
         result = None
         with self._open_loader() as loader, StepProfiler(train.profile_steps, trace) as profiler:
             began = time.perf_counter()

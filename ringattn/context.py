@@ -21,9 +21,9 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.parallel.fabric import Fabric, ProcessGroupFabric, backend_of
-from ringattn.place import Place
 from ringattn.parallel.staged import StagedFabric, check_staging
 from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
+from ringattn.place import Place
 from ringattn.plan import Plan, Settings
 
 PLANS_KEPT = 64

@@ -151,7 +151,12 @@ class Run:
             self._flying[exchange.tag] = _Flight(handle, exchange, sent, inbox)
 
     def compute(self, step: Step) -> None:
-        """Launches the step's kernels, one per distinct operand tuple."""
+        """Launches the step's kernels, one per distinct operand tuple.
+
+        None for a batch of no sequences: kernels need not bear tensors without elements.
+        """
+        if not self.slots[Channel.Q, 0][0].shape[0]:
+            return
         self.place.move = None
         options = {"scale": self.scale, "softcap": self.softcap, "selection": self.selection}
         kernel = self.program.kernel

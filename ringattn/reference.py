@@ -37,7 +37,7 @@ def reference(
         out, lse (B, S, Hq), dq, dk, dv, dsinks; gradients are None without dout.
     """
     attend = partial(dense_attention, scale=scale, softcap=softcap, sinks=sinks)
-    if mask.routing is None:
+    if mask.routing is None or not q.shape[0]:
         allowed = torch.from_numpy(_layers(mask, q.shape[2])).to(q.device)
         return attend(q, k, v, allowed, dout)
     selection = select_whole(q, k, mask)

@@ -11,6 +11,7 @@ from ringattn import bands as band_ops
 from ringattn.bands import Column
 from ringattn.block_tiles import piece_area, see
 from ringattn.layout import Layout
+from ringattn.mask import ANY
 from ringattn.masks import Mask
 from ringattn.schedule import (
     MOVE,
@@ -95,7 +96,7 @@ class Problem:
     def for_heads(self, q0: int, q1: int, kv_heads: int) -> "Problem":
         """The problem of query heads [q0, q1) alone, on `kv_heads` key heads."""
         shapes = replace(self.shapes, q_heads=q1 - q0, kv_heads=kv_heads)
-        if not self.mask.is_uniform:
+        if self.mask.heads != (ANY,):  # one group may say how many heads it is for, too
             mask = self.mask.for_heads(self.shapes.q_heads, q0, q1)
             return replace(self, shapes=shapes, mask=mask)
         other = replace(self, shapes=shapes)

@@ -1,8 +1,14 @@
 """The checks that hold a plan against the dense float64 reference."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
 import torch
 
 import ringattn as ra
+from ringattn import executor
 from tests.closeness import rel_error
 from tests.core.cases import Case, Inputs, inputs_of, mask_of, plan_of, reference_of
 
@@ -18,9 +24,22 @@ def relative_errors(got: ra.Simulated, want: tuple) -> dict[str, float]:
     return {n: rel_error(ref, x) for n, (ref, x) in pairs.items() if ref is not None}
 
 
-def simulate_plan(plan: ra.Plan, x: Inputs) -> ra.Simulated:
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory is NaN wherever nothing has been written, so that reading it cannot go unnoticed."""
+
+    def take(arena: Any, shape: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        del arena
+        made = torch.empty(shape, dtype=dtype, device=device)
+        return made.fill_(255 if dtype == torch.uint8 else torch.nan)
+
+    with mock.patch.object(executor.Arena, "take", take):
+        yield
+
+
+def simulate_plan(plan: ra.Plan, x: Inputs, scale: float | None = None) -> ra.Simulated:
     """Forward and backward of the plan over simulated ranks; checks the bytes on the wire."""
-    result = ra.simulate(plan, x.q, x.k, x.v, x.dout, **x.extras)
+    result = ra.simulate(plan, x.q, x.k, x.v, x.dout, scale=scale, **x.extras)
     for direction, received in zip(("forward", "backward"), result.received, strict=True):
         planned = [x.q.shape[0] * plan.bytes(rank, direction) for rank in range(plan.world)]
         assert list(received) == planned, f"{direction}: bytes received and planned differ"

@@ -199,12 +199,16 @@ def test_a_mask_without_pairs() -> None:
         assert (result.lse == -torch.inf).all()
 
 
-def test_an_empty_batch() -> None:
-    case = _case()
+@pytest.mark.parametrize("kernel", ["cpu_flash", "matmul"])
+@pytest.mark.parametrize("mask", ["documents_causal", "blocks", "routed"])
+def test_an_empty_batch(mask: str, kernel: str) -> None:
+    case = _case(mask=mask, kernel=kernel)
     x = inputs_of(case)
     empty = Inputs(*(t[:0] for t in x.tensors), sinks=None, softcap=None)
     result = simulate_plan(plan_of(case), empty)
     assert result.out.shape == (0, *x.q.shape[1:])
+    want = ra.reference(*empty.tensors[:3], mask_of(mask), empty.dout)
+    assert want.out.shape == result.out.shape
 
 
 def test_a_given_scale() -> None:

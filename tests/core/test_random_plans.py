@@ -7,14 +7,13 @@ Everything follows from a seed, which every failure names. `--seed N` starts the
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import ringattn as ra
-from ringattn import PlanError, executor
+from ringattn import PlanError
 from ringattn.schedule import Channel, Lane, Op, Schedule, Wire
 from ringattn.verify import verify_schedule
 from tests.closeness import rel_error
@@ -23,6 +22,7 @@ from tests.core.exactness import (
     NAMES,
     TOLERANCE,
     assert_exact,
+    poisoned_memory,
     relative_errors,
     same_bits,
     simulate_plan,
@@ -45,15 +45,9 @@ def first_seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is NaN wherever nothing has been written, so that reading it cannot go unnoticed."""
-
-    def take(arena: Any, shape: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
-        del arena
-        made = torch.empty(shape, dtype=dtype, device=device)
-        return made.fill_(255 if dtype == torch.uint8 else torch.nan)
-
-    monkeypatch.setattr(executor.Arena, "take", take)
+def _poisoned_memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @contextmanager

@@ -283,8 +283,7 @@ def test_a_mistake_found_by_one_rank_is_said_once(corpus: Path, tmp_path: Path) 
     assert "65535" in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_every_rank(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupt_ends_every_rank(corpus: Path, tmp_path: Path) -> None:
     values = tiny_values(
         corpus, tmp_path / "run", parallel__cp=2, train__steps=100_000, train__log_every=1
     )
@@ -293,10 +292,10 @@ def test_signals_end_every_rank(number: signal.Signals, corpus: Path, tmp_path: 
     next(line for line in process.stderr if line.startswith("step 2/"))
     ranks = _ranks_of(process.pid)
     assert len(ranks) == 2
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 128 + number
-    assert f"stopped by {number.name}" in one_line(err)
+    assert code == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in one_line(err)
     assert not any(_alive(rank) for rank in ranks)
 
 

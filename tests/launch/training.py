@@ -238,6 +238,7 @@ def command(
     outer: tuple[str, ...] = (),
     program: tuple[str, ...] = ("-m", "ringattn.launch"),
     variables: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[str]:
     """Starts ``ringattn ARGUMENTS`` in a process group of its own, optionally under a launcher.
 
@@ -247,19 +248,21 @@ def command(
         outer: what starts Python, such as mpiexec.
         program: the command, as the launcher wants it named.
         variables: of its environment, which has none of other launchers.
+        log: file that its output is appended to; None for pipes.
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(key, None)
     environment |= variables or {}
-    return subprocess.Popen(
-        [*outer, sys.executable, *launcher, *program, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("a") as output:
+        return subprocess.Popen(
+            [*outer, sys.executable, *launcher, *program, *arguments],
+            stdout=output,
+            stderr=output,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int, str, str]:
