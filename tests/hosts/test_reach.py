@@ -9,7 +9,9 @@ import pytest
 from tests.hosts.network import Network, open_network
 from tests.launch.training import REPOSITORY
 
-# A rank per argument line: rank, world, local rank, local world, timeout. Prints what it is told.
+pytestmark = pytest.mark.full
+
+# One rank. Arguments: rank, world, local rank, local world. Prints what it is told.
 _RANK = """
 import os, sys
 from datetime import timedelta
@@ -51,7 +53,6 @@ def check(
     return told.pop()
 
 
-@pytest.mark.full
 def test_hosts_that_reach_each_other() -> None:
     with open_network(3) as network:
         assert check(network, 2, {}) == "reached"
@@ -69,13 +70,11 @@ def test_hosts_that_do_not_are_named() -> None:
         assert "no answer within 3 s" in line
 
 
-@pytest.mark.full
 def test_two_launchers_on_one_host_need_no_network() -> None:
     with open_network(1, loopback_names=True) as network:
         assert check(network, 2, {}, local_world=1) == "reached"
 
 
-@pytest.mark.full
 def test_missing_interfaces_and_loopback_names() -> None:
     with open_network(2) as network:
         assert "nosuch0: gives rank" in check(network, 1, {"GLOO_SOCKET_IFNAME": "nosuch0"})
