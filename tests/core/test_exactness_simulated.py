@@ -211,6 +211,18 @@ def test_an_empty_batch(mask: str, kernel: str) -> None:
     assert want.out.shape == result.out.shape
 
 
+@pytest.mark.parametrize("method", ["ulysses", "usp", "hybrid"])
+def test_one_group_that_counts_its_heads(method: str) -> None:
+    """Slices of heads of a mask whose only group says for how many heads it is."""
+    mask = masks.per_head([(4, masks.documents([20, 28], causal=True))])
+    x = inputs(48, 1, 1, "cpu_flash")
+    context = ra.ContextParallel(
+        2, heads=(4, 4), head_dim=8, dtype=torch.float64, method=method, layout="contiguous"
+    )
+    got = simulate_plan(context.plan(mask), x)
+    assert_exact(relative_errors(got, ra.reference(*x.tensors[:3], mask, x.dout)))
+
+
 def test_a_given_scale() -> None:
     case = _case(kernel="matmul")
     x, mask = inputs_of(case), mask_of(case["mask"])
