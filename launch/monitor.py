@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ringattn.launch.events import EventLog
 from ringattn.launch.failure import EXIT_FAULT, Failure, print_failure, report_text
 from ringattn.launch.failure_board import Beat, FailureBoard, First
 from ringattn.launch.failure_report import compose_report, name_rank, write_report
@@ -190,6 +191,7 @@ class Monitor:
         text = compose_report(failure.line, self._rank, self._beat(), stacks, silent)
         report_text(text)
         write_report(self._run_dir, self._rank, text)
+        EventLog(self._run_dir).write("failure", self._where.step, failure.line, rank=self._rank)
 
     def _board(self) -> FailureBoard:
         return FailureBoard(self._store, self._rank, self._world)

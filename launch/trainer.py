@@ -1,6 +1,7 @@
 """The training loop of one rank."""
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ringattn.launch.guard import RollBack
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
-from ringattn.launch.restart import check_claim
+from ringattn.launch.restart import check_claim, restart_count
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.run_log import RunLog
 from ringattn.launch.saver import Saver
@@ -92,6 +93,8 @@ class Trainer:
     def _fit(self) -> None:
         if self.session.is_main:
             self._claim = open_run_folder(self.job)
+            if count := restart_count(os.environ):
+                EventLog(self.run_dir).write("restart", self.start, f"restart {count} of all ranks")
         self.session.barrier()
         result, finished = None, False
         try:

@@ -118,6 +118,19 @@ def test_a_shard_that_stays_away_ends_the_run(tmp_path: Path) -> None:
     assert len(lines) < 20
 
 
+def test_by_default_the_run_ends_with_everything_saved(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    values = values_of(corpus, run_dir) | {"faults.on_data_error": "stop", "checkpoint.every": 0}
+    for message in run_ranks(2, refused, values, OneRankCannotRead):
+        assert message.startswith("train-00000.bin: document 3, token 17: is gone: step 3 cannot")
+    (saved,) = find_checkpoints(run_dir)
+    assert saved.name == f"step-{BAD_STEP - 1:06d}"
+    # Repaired, it goes on as if nothing had been.
+    rest = train_pooled(values)
+    whole = train_pooled(values | {"run.dir": str(tmp_path / "whole")})
+    assert [comparable(line) for line in rest] == [comparable(line) for line in whole]
+
+
 def gathered(rank: int, world: int, group: Any) -> list[str]:
     return gather_lines(["", "über " * 1000, "b"][rank], group)
 

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ringattn.errors import UserError
+from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.failure import run_reporting
+from ringattn.launch.metrics import read_lines
 from ringattn.launch.monitor import Monitor
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.stacks import group_stacks, name_ranks
@@ -136,6 +138,8 @@ def test_a_fault_is_reported_once_with_all_stacks(tmp_path: Path) -> None:
     assert "stack of rank 1:" in report
     (kept,) = (tmp_path / "failures").iterdir()
     assert kept.read_text() == report.lstrip("\n")
+    (event,) = read_lines(tmp_path / EVENTS_FILE)
+    assert (event["event"], event["step"], event["rank"]) == ("failure", 7, 1)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2_everywhere(tmp_path: Path) -> None:
