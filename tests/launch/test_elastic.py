@@ -59,6 +59,8 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path: Path) -> Non
     again = first | {"TORCHELASTIC_RESTART_COUNT": "2"}
     assert resume_after_restart(config, again) is config  # it had not opened the folder yet
     claim_folder(tmp_path, first)
+    assert resume_after_restart(config, again) is config  # nor saved anything there
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     assert resume_after_restart(config, first) is config
     assert resume_after_restart(config, again).checkpoint.resume == "auto"
     claim_folder(tmp_path, first | {"TORCHELASTIC_RUN_ID": "b"})

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import threading
 from functools import partial
@@ -17,6 +18,7 @@ from ringattn.errors import UserError
 from ringattn.launch.checkpoint import find_checkpoints, read_state
 from ringattn.launch.checkpoint_choice import read_run_id
 from ringattn.launch.checkpoint_files import SummingWriter
+from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.peers import ALONE, Peers
 from ringattn.launch.saver import Saver
@@ -112,13 +114,13 @@ def _failing_on(rank: int, step: int) -> Any:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_rank_is_one_of_all(rank: int, corpus: Path, tmp_path: Path) -> None:
-    """At the same step: when the next checkpoint is due."""
+    """At the same step: when all have heard of it, at the latest when the next one is due."""
     run_dir = tmp_path / "run"
     outcomes = train_outcomes(_values(corpus, run_dir), partial(_failing_on, rank, 2))
     for error, _ in outcomes:
         assert error is not None
         assert "step-000002: cannot be written (No space left on device)" in error
-    assert len(read_lines(run_dir / METRICS_FILE)) == 4
+    assert 2 <= len(read_lines(run_dir / METRICS_FILE)) <= 4
     assert not list((run_dir / "checkpoints").iterdir())
 
 
@@ -128,6 +130,37 @@ def test_an_error_is_passed_over(corpus: Path, tmp_path: Path) -> None:
     assert (main[0], other) == (None, (None, ""))
     assert main[1].count("step-000002: cannot be written") == 1
     assert [read_state(p).step for p in find_checkpoints(tmp_path / "run")] == [4, 6]
+    events = [json.loads(line) for line in (tmp_path / "run" / EVENTS_FILE).open()]
+    assert [(event["event"], event["step"]) for event in events] == [("failed save", 2)]
+
+
+def _failing_and_preempted() -> Any:
+    """The save of step 2 fails, and a scheduler ends the job right then."""
+    train, stack = Trainer._train_step, contextlib.ExitStack()
+
+    def step(self: Trainer, batch: Any, began: float) -> Any:
+        if batch.step == 1:
+            self.session.request.signal = "SIGTERM"
+        return train(self, batch, began)
+
+    stack.enter_context(_failing_on(0, 2))
+    stack.enter_context(mock.patch.object(Trainer, "_train_step", step))
+    return stack
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_preempted_run_does_not_lose_a_failed_save(
+    background: bool, corpus: Path, tmp_path: Path
+) -> None:
+    """It is tried again, and the end of the run is an error when it fails again."""
+    values = _values(corpus, tmp_path / "run", checkpoint__on_error="continue")
+    outcomes = train_outcomes(
+        values | {"checkpoint.background": background}, _failing_and_preempted
+    )
+    for error, said in outcomes:
+        assert error is not None
+        assert "step-000002: cannot be written" in error
+        assert "stopped after step" not in said
 
 
 def _going_back(found: dict[str, Any]) -> Any:
