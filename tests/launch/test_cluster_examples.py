@@ -17,8 +17,10 @@ SRUN = """#!/bin/bash
 echo "$@" > "{folder}/srun"
 if [[ "$4" == wait ]]; then
     trap 'exit 0' USR1
-    kill -USR1 "$PPID"
-    while true; do read -r -t 1 <> "{folder}/never"; done
+    while true; do
+        kill -USR1 "$PPID" # again: the first one may come before the script knows its step
+        read -r -t 1 <> "{folder}/never"
+    done
 fi
 exit "$4"
 """
