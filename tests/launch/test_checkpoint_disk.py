@@ -160,12 +160,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _before_save(step: int, act: Callable[[Path], None]) -> Any:
-    """Rank 0 acts on the run's folder right before the save at a step, and undoes nothing."""
+    """Rank 0 acts on the run's folder between the save at a step and the one before it."""
     save_step = Trainer._save
 
     def acting(self: Trainer, at: int) -> None:
-        if at == step and self.session.is_main:
-            act(self.run_dir)
+        if at == step:
+            self.saver.wait()
+            if self.session.is_main:
+                act(self.run_dir)
         save_step(self, at)
 
     return mock.patch.object(Trainer, "_save", acting)
