@@ -20,6 +20,7 @@ from ringattn.launch.mpi import leave_mpi
 from ringattn.launch.places import Place, find_places
 from ringattn.launch.ranks import LOCAL_LAUNCHER, Ranks
 from ringattn.launch.reach import check_reach
+from ringattn.launch.rendezvous import join_life
 from ringattn.launch.whereabouts import Whereabouts
 from ringattn.parallel.cores import read_numa_nodes
 from ringattn.parallel.host import usable_cpus, visible_gpus
@@ -116,7 +117,8 @@ def open_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     try:
         handler = dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)
-        return cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+        store = cast(dist.Store, next(cast(Iterator[Any], handler))[0])
+        return join_life(store, ranks.rank, ranks.world, timeout)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
