@@ -80,6 +80,7 @@ def check_config(config: Config) -> None:
     check_data(config)
     _check_memory(config)
     _check_degrees(config)
+    _check_faults(config)
     resolve_model(config, vocab_size=1)
 
 
@@ -179,6 +180,18 @@ def check_engine(config: Config, *, shared_gpu: bool) -> None:
         )
     if engine == "deepspeed":
         require_deepspeed()
+
+
+def _check_faults(config: Config) -> None:
+    """Rolling back needs checkpoints to go back to."""
+    faults = config.faults
+    for key, policy in (("on_nonfinite", faults.on_nonfinite), ("on_spike", faults.on_spike)):
+        if policy == "rollback" and config.checkpoint.every == 0:
+            raise UserError(
+                f"faults.{key}=rollback",
+                "needs checkpoints to go back to, and checkpoint.every=0 saves at the end alone",
+                "set e.g. checkpoint.every=100",
+            )
 
 
 def _check_degrees(config: Config) -> None:

@@ -165,6 +165,14 @@ def test_bad_values(override: str, write: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["on_nonfinite", "on_spike"])
+def test_a_rollback_needs_checkpoints(key: str) -> None:
+    values = {f"faults.{key}": "rollback"}
+    check_config(config_from_values(values | {"checkpoint.every": 10}))
+    with pytest.raises(UserError, match=f"faults.{key}=rollback: needs checkpoints"):
+        check_config(config_from_values(values))
+
+
 def test_learning_rate_rises_and_falls() -> None:
     train = TrainConfig(steps=101, lr=1.0, min_lr=0.1, warmup_steps=10)
     rates = [learning_rate(train, step) for step in range(101)]
