@@ -31,7 +31,10 @@ def compose_report(
         lines.append(f"ringattn: {name_ranks(never)} did not answer")
     for other, beat in silent.items():
         if beat is not None:
-            lines.append(f"ringattn: {name_rank(other, beat)} did not answer")
+            lines.append(
+                f"ringattn: {name_rank(other, beat)} did not answer: it was killed or stopped, or "
+                "its host or link is gone"
+            )
     return "\n".join(lines) + "\n"
 
 

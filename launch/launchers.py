@@ -107,6 +107,13 @@ def _deepspeed(environ: Mapping[str, str]) -> Joined:
     )
 
 
+def _if_told(
+    find: Callable[[Mapping[str, str]], Joined], environ: Mapping[str, str]
+) -> Joined | None:
+    """The place by torchrun's variables; None where neither rank nor world is set."""
+    return find(environ) if "RANK" in environ or "WORLD_SIZE" in environ else None
+
+
 def _variables(environ: Mapping[str, str]) -> Joined | None:
     """Whoever set RANK and WORLD_SIZE."""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
@@ -144,8 +151,8 @@ _AUTO: tuple[Callable[[Mapping[str, str]], Joined | None], ...] = (
     join_slurm,
 )
 _FINDERS: Mapping[str, Callable[[Mapping[str, str]], Joined | None]] = {
-    "torchrun": _torchrun,
-    "deepspeed": _deepspeed,
+    "torchrun": partial(_if_told, _torchrun),
+    "deepspeed": partial(_if_told, _deepspeed),
     "mpi": partial(join_mpi, certain=True),
     "slurm": partial(join_slurm, certain=True),
 }

@@ -10,6 +10,7 @@ profile/
 previous-N/                what an earlier run left, set aside by checkpoint.resume=never
 """
 
+import errno
 import json
 import os
 import shutil
@@ -24,30 +25,30 @@ from ringattn.launch.events import EVENTS_FILE
 from ringattn.launch.job import Job
 from ringattn.launch.metrics import EVAL_FILE, METRICS_FILE
 from ringattn.launch.model_config import ModelConfig, RopeScaling
-from ringattn.launch.restart import claim_folder
+from ringattn.launch.restart import FolderClaim
 from ringattn.launch.tokenizer import Tokenizer, load_tokenizer
 
 _STATE = ("checkpoints", RUN_ID_FILE, "tensorboard", METRICS_FILE, EVAL_FILE, EVENTS_FILE)
 
 
-def open_run_folder(job: Job) -> str:
+def open_run_folder(job: Job) -> FolderClaim:
     """Creates the run folder with its description; for the one rank that writes.
 
     A run that starts anew where another one left checkpoints moves them aside, so that they are
     neither lost nor taken for its own.
 
     Returns:
-        The token by which this job claims the folder; see `ringattn.launch.restart`.
+        The claim on the folder, to be released at the end.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another job trains there.
     """
     folder = Path(job.config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        claim = FolderClaim(folder, os.environ)
         if job.checkpoint is None and list_checkpoints(folder):
             _set_aside(folder)
-        token = claim_folder(folder, os.environ)
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")
         model = {"model": asdict(job.shape), "tokenizer": job.train.meta.tokenizer}
         (folder / "model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
@@ -55,10 +56,10 @@ def open_run_folder(job: Job) -> str:
             source = job.train.path / job.train.meta.tokenizer
             shutil.copytree(source, folder / "tokenizer", dirs_exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"run.dir={folder}", f"cannot be written ({error})", "name a writable folder"
-        ) from None
-    return token
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space" if full else "name a writable folder"
+        raise UserError(f"run.dir={folder}", f"cannot be written ({error})", fix) from None
+    return claim
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, Tokenizer]:

@@ -242,6 +242,8 @@ class Saver:
                 f"checkpoint {path}: {line}" for line in find_problems(path, state, self._peers)
             ]
             if not found:
+                if problems and self._peers.is_main:
+                    self._warn(f"checkpoint {path} is used instead")
                 self._read(path)
                 return path, state
             self._damaged.add(path.name)

@@ -16,6 +16,8 @@ import ringattn as ra
 from ringattn.launch.config import FaultsConfig
 from ringattn.launch.feed import PlanAttend, Share
 
+_LEAST_S = 0.02  # what a step takes longer for is not worth a word below
+
 
 class OwnWork:
     """Adds up the time of a step's forwards outside of communication.
@@ -149,7 +151,8 @@ class Stragglers:
         middle = median(seconds)
         if len(seconds) < 2 or not self._factor or not middle:
             return []
-        slow = [rank for rank, own in enumerate(seconds) if own > self._factor * middle]
+        least = max(self._factor * middle, middle + _LEAST_S)
+        slow = [rank for rank, own in enumerate(seconds) if own > least]
         self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in slow}
         return [
             Straggler(rank, seconds[rank], middle, count)

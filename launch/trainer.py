@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ringattn.errors import UserError
 from ringattn.launch.control import StepControl
 from ringattn.launch.data_loader import Loader, StepBatch
 from ringattn.launch.degree_feed import open_degrees
@@ -20,7 +21,7 @@ from ringattn.launch.guard import RollBack
 from ringattn.launch.job import Job, build_context
 from ringattn.launch.metrics import EvalMetrics, StepMetrics, peak_flops
 from ringattn.launch.profile import StepProfiler
-from ringattn.launch.restart import check_claim, restart_count
+from ringattn.launch.restart import FolderClaim, restart_count
 from ringattn.launch.run_folder import open_run_folder
 from ringattn.launch.run_log import RunLog
 from ringattn.launch.saver import Saver
@@ -75,7 +76,7 @@ class Trainer:
         self.faults.guard.restore(found.guard)
         self.batches = step_batches(self.config, found.step, found.position)
         self._peak = peak_flops(session.device)
-        self._claim = ""  # of the run folder
+        self._claim: FolderClaim | None = None
 
     def fit(self) -> None:
         """Trains to ``train.steps``, evaluating, saving and reporting as configured; once.
@@ -89,6 +90,8 @@ class Trainer:
             raise
         finally:
             self.engine.close()
+            if self._claim is not None:
+                self._claim.release()
 
     def _fit(self) -> None:
         if self.session.is_main:
@@ -251,17 +254,17 @@ class Trainer:
     def _leave_out(self, batch: StepBatch[LayerPlans], began: float) -> StepMetrics:
         """A step that some rank could not read: all ranks call it in place of the step.
 
-        Where that ends the run, the state before the step is saved first.
+        Where that ends the run, the state before the step is saved.
         """
-        if self.config.faults.on_data_error == "stop":
-            self._save_early(batch.step)
-        return self.faults.leave_out(
-            batch.step + 1,
-            batch.error,
+        rate, end = (
+            learning_rate(self.config.train, batch.step),
             self.batches.position(batch.step + 1),
-            rate=learning_rate(self.config.train, batch.step),
-            began=began,
         )
+        try:
+            return self.faults.leave_out(batch.step + 1, batch.error, end, rate=rate, began=began)
+        except UserError:
+            self._save_early(batch.step)
+            raise
 
     def _after_step(self, metrics: StepMetrics) -> EvalMetrics | None:
         """Reports the step, and evaluates and saves when due; returns the evaluation if any."""
@@ -297,6 +300,6 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.session.where.enter("saving", step)
-        if self.session.is_main:
-            check_claim(self.run_dir, self._claim)
+        if self._claim is not None:
+            self._claim.check()
         self.saver.save(step, self.batches.position(step), self.faults.guard.state())

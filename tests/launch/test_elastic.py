@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from ringattn.errors import UserError
+from ringattn.launch import restart
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.elastic import describe_fit, fit_to_world
-from ringattn.launch.restart import check_claim, claim_folder, resume_after_restart
+from ringattn.launch.restart import FolderClaim, resume_after_restart
 
 
 def _config(dp: int, cp: int, accumulate: int = 1, elastic: bool = True) -> Config:
@@ -58,20 +59,33 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path: Path) -> Non
     first = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "a"}
     again = first | {"TORCHELASTIC_RESTART_COUNT": "2"}
     assert resume_after_restart(config, again) is config  # it had not opened the folder yet
-    claim_folder(tmp_path, first)
+    FolderClaim(tmp_path, first).release()
     assert resume_after_restart(config, again) is config  # nor saved anything there
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     assert resume_after_restart(config, first) is config
     assert resume_after_restart(config, again).checkpoint.resume == "auto"
-    claim_folder(tmp_path, first | {"TORCHELASTIC_RUN_ID": "b"})
+    FolderClaim(tmp_path, first | {"TORCHELASTIC_RUN_ID": "b"}).release()
     assert resume_after_restart(config, again) is config
 
 
-def test_two_jobs_do_not_share_a_run_folder(tmp_path: Path) -> None:
-    """The later one has it; the earlier one notices before it saves."""
-    mine = claim_folder(tmp_path, {})
-    check_claim(tmp_path, mine)
-    theirs = claim_folder(tmp_path, {})
-    check_claim(tmp_path, theirs)
+def test_two_jobs_do_not_share_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "_LOCK_S", 0.0)
+    mine = FolderClaim(tmp_path, {})
+    with pytest.raises(UserError, match=r"another job trains there \(pid \d+ on host \S+\)"):
+        FolderClaim(tmp_path, {})
+    mine.check()
+    mine.release()
+    FolderClaim(tmp_path, {}).release()
+
+
+def test_without_locks_the_later_job_has_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one notices before it saves."""
+    monkeypatch.setattr(restart, "_lock", lambda file: None)
+    mine, theirs = FolderClaim(tmp_path, {}), FolderClaim(tmp_path, {})
+    theirs.check()
     with pytest.raises(UserError, match="another job has begun to write there"):
-        check_claim(tmp_path, mine)
+        mine.check()
