@@ -19,7 +19,7 @@ from ringattn.launch.checkpoint_choice import list_checkpoints
 from ringattn.launch.config import Config
 
 JOB_FILE = "job"
-_LOCK_S = 5.0
+_LOCK_S = 10.0
 
 
 def restart_count(environ: Mapping[str, str]) -> int:

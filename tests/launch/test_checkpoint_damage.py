@@ -215,9 +215,10 @@ def test_training_goes_on_from_the_previous_one(corpus: Path, tmp_path: Path) ->
     assert first[0] is None
     assert second == (None, "")
     said = [line for line in first[1].splitlines() if line.startswith("ringattn: ")]
-    assert len(said) == 2
+    assert len(said) == 3
     assert "step-000006: file __1_0.distcp is damaged" in said[0]
     assert "step-000004: file __9_0.distcp is foreign" in said[1]
+    assert "step-000002 is used instead" in said[2]
     assert comparable(read_lines(tmp_path / "run" / METRICS_FILE)) == comparable(expected)
     # What was damaged has been written anew.
     sound = find_checkpoints(tmp_path / "run")

@@ -160,7 +160,7 @@ MISTAKES: dict[str, tuple[dict[str, str], Launcher, str]] = {
     "no mpi4py": (OPEN_MPI, "auto", "ringattn[mpi]"),
     "no mpi4py under PMI": (PMI, "auto", "needs the package mpi4py"),
     "no mpi4py, mpi wanted": ({}, "mpi", "needs the package mpi4py"),
-    "torchrun wanted": ({}, "torchrun", "WORLD_SIZE"),
+    "torchrun wanted": ({}, "torchrun", "none of its variables"),
     "slurm wanted": ({"SLURM_NTASKS": "4"}, "slurm", "--launcher slurm"),
     "no task number": (
         {k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, "auto", "SLURM_PROCID"
