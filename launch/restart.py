@@ -19,7 +19,6 @@ from ringattn.launch.checkpoint_choice import list_checkpoints
 from ringattn.launch.config import Config
 
 JOB_FILE = "job"
-_LOCK_S = 10.0
 
 
 def restart_count(environ: Mapping[str, str]) -> int:
@@ -57,16 +56,17 @@ class FolderClaim:
     Args:
         run_dir: the folder, which exists.
         environ: variables of this process.
+        wait_s: how long to wait for a job that is ending.
 
     Raises:
         UserError: another job trains there.
     """
 
-    def __init__(self, run_dir: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, run_dir: Path, environ: Mapping[str, str], wait_s: float = 0.0) -> None:
         self._path, self._token = run_dir / JOB_FILE, secrets.token_hex(8)
         self._file = self._path.open("a+", encoding="utf-8")
         try:
-            _lock(self._file)
+            _lock(self._file, wait_s)
         except BlockingIOError:
             self._file.seek(0)
             lines = self._file.read().splitlines()
@@ -104,8 +104,8 @@ class FolderClaim:
         self._file.close()
 
 
-def _lock(file: TextIO) -> None:
-    """Locks a file until it is closed. Waits a little for a job that is ending.
+def _lock(file: TextIO, wait_s: float) -> None:
+    """Locks a file until it is closed.
 
     Raises:
         BlockingIOError: another process has it.
@@ -114,7 +114,7 @@ def _lock(file: TextIO) -> None:
         return
     import fcntl  # absent on Windows
 
-    end = time.monotonic() + _LOCK_S
+    end = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,7 +46,8 @@ def open_run_folder(job: Job) -> FolderClaim:
     folder = Path(job.config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = FolderClaim(folder, os.environ)
+        # Less than the other ranks wait for this one.
+        claim = FolderClaim(folder, os.environ, min(10.0, job.config.run.timeout_s / 2))
         if job.checkpoint is None and list_checkpoints(folder):
             _set_aside(folder)
         (folder / "config.yaml").write_text(dump_config(job.config), encoding="utf-8")

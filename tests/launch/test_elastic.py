@@ -68,10 +68,7 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path: Path) -> Non
     assert resume_after_restart(config, again) is config
 
 
-def test_two_jobs_do_not_share_a_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restart, "_LOCK_S", 0.0)
+def test_two_jobs_do_not_share_a_run_folder(tmp_path: Path) -> None:
     mine = FolderClaim(tmp_path, {})
     with pytest.raises(UserError, match=r"another job trains there \(pid \d+ on host \S+\)"):
         FolderClaim(tmp_path, {})
@@ -84,7 +81,7 @@ def test_without_locks_the_later_job_has_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The earlier one notices before it saves."""
-    monkeypatch.setattr(restart, "_lock", lambda file: None)
+    monkeypatch.setattr(restart, "_lock", lambda *_: None)
     mine, theirs = FolderClaim(tmp_path, {}), FolderClaim(tmp_path, {})
     theirs.check()
     with pytest.raises(UserError, match="another job has begun to write there"):
