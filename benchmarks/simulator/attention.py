@@ -9,7 +9,13 @@ import numpy as np
 
 from ringattn.benchmarks.calibration_plans import schedules_of
 from ringattn.benchmarks.calibration_rows import Row
-from ringattn.benchmarks.simulator.figures import DIRECTIONS, Figures, generation
+from ringattn.benchmarks.simulator.figures import (
+    DIRECTIONS,
+    Figures,
+    curve_names,
+    generation,
+    link_names,
+)
 from ringattn.benchmarks.simulator.mask_names import masks_named
 from ringattn.benchmarks.simulator.records import Published
 from ringattn.benchmarks.simulator.tables import base_name, entry_for, hardware
@@ -103,17 +109,22 @@ class Prices:
     """Prices of attention under one set of figures.
 
     Args:
-        figures: of clusters and kernels.
+        figures: of clusters and kernels. known: prices that other sets of figures may share.
     """
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: Figures, known: dict | None = None) -> None:
         self.figures = figures
-        self._known: dict[tuple, tuple[float, float]] = {}
+        self._known: dict[tuple, tuple[float, float]] = {} if known is None else known
 
     def cluster(self, row: Published, node: int) -> Cluster:
         """What a row ran on, with `node` ranks of a group in a node."""
         base = self.figures.cluster(base_name(row.hardware), kernel_of(row))
         return hardware(row.hardware, base, node)
+
+    def _state(self, row: Published, directions: Sequence[str]) -> tuple:
+        """What a price depends on: the cluster's name, the kernel's, and their figures."""
+        names = figures_of(row, directions)
+        return (base_name(row.hardware), kernel_of(row), *(self.figures[name] for name in names))
 
     def seconds(
         self, row: Published, call: Attention, directions: Sequence[str]
@@ -121,7 +132,7 @@ class Prices:
         """Seconds of the slowest rank, mean over the masks, and TFLOP/s per rank, likewise."""
         node = max(1, (row.per_node or 8) // row.tp)
         cluster = self.cluster(row, node)
-        key = (call, tuple(directions), cluster.name, cluster.kernel, entry_key(row))
+        key = (call, tuple(directions), node, entry_key(row), self._state(row, directions))
         if key not in self._known:
             both = DIRECTIONS if call.world > 1 or len(directions) > 1 else tuple(directions)
             times, speeds = [], []
@@ -135,6 +146,15 @@ class Prices:
                 speeds.append(sum(s.flops for s in mine) / (1e12 * call.world * spent))
             self._known[key] = float(np.mean(times)), float(np.mean(speeds))
         return self._known[key]
+
+
+def figures_of(row: Published, directions: Sequence[str]) -> list[str]:
+    """Names of the figures that the price of a row's attention depends on."""
+    cluster, kernel = base_name(row.hardware), kernel_of(row)
+    names = link_names(cluster) if row.gpus > 1 else []
+    for direction in directions:
+        names += curve_names(cluster, kernel, direction)
+    return names
 
 
 def entry_key(row: Published) -> str:

@@ -42,7 +42,7 @@ def prior(name: str) -> tuple[float, float]:
     cluster, _, key = name.partition("/")
     table = defaults()
     if cluster == "step":
-        value, spread = table["step"][key.partition("@")[0]]
+        value, spread = table["step"][key]
         return float(value), float(spread)
     last = key.rpartition(".")[2]
     spread = float(table["spread"][last])

@@ -9,7 +9,7 @@ import ringattn as ra
 from ringattn.benchmarks.calibration_rows import masks_for, typical_packs
 from ringattn.masks import Mask
 
-WINDOW, BLOCK = 1024, 1024
+WINDOW, BLOCK, SPARSE = 1024, 1024, 0.25
 
 
 @lru_cache(maxsize=256)
@@ -30,6 +30,10 @@ def masks_named(source: str, name: str, seq_len: int, gpus: int) -> tuple[Mask, 
     if kind == "window_two_sided":
         window = min(numbers[-1] if numbers else WINDOW, seq_len - 1)
         return (ra.masks.sliding_window(seq_len, window, window),)
+    if kind == "block_sparse":  # a quarter of the causal blocks, where nothing is said
+        share = numbers[-1] / 100 if numbers and numbers[-1] < 100 else SPARSE
+        window = max(1, int(seq_len * (1 - (1 - share) ** 0.5)))
+        return (ra.masks.sliding_window(seq_len, window, 0),)
     if kind == "global_sliding":
         return (ra.masks.global_sliding(seq_len, numbers[-1] if numbers else seq_len // 6),)
     if kind == "prefix_lm":
@@ -54,6 +58,8 @@ def kind_named(text: str) -> str:
         if "global" in text:
             return "global_sliding"
         return "window" if "causal" in text or "swa" in text else "window_two_sided"
+    if "sparse" in text:
+        return "block_sparse"
     if "shared" in text:
         return "shared_question"
     if "prefix" in text:

@@ -13,6 +13,8 @@ from ringattn.errors import UserError
 
 TIMES = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes": 1.0}
+UNSPLIT = 16384
+"""Tokens of a sequence up to which ranks need not share it, where a table does not say."""
 _OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
 _RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
 
@@ -82,7 +84,10 @@ class Published:
     def tp(self) -> int:
         """Ranks that share the products of a layer."""
         if entry_for("methods", self.method)["split"] == "tensor":
-            default = self.split.get("sp", self.gpus if "megatron-tp" in self.method else 1)
+            default = self.split.get("sp", min(8, self.gpus))
+            if "no-cp" in self.method:  # as many ranks as a long sequence needs, at most the heads
+                long = -(-self.seq_len // UNSPLIT)
+                default = min(1 << max(0, long - 1).bit_length(), self.gpus, self.heads[0])
             return max(1, int(self.split.get("tp", default)))
         return max(1, int(self.split.get("tp", 1)))
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ringattn.benchmarks.simulator.attention import Attention, Prices, attention_of, exact_area
+from ringattn.benchmarks.simulator.figures import generation
 from ringattn.benchmarks.simulator.records import Published
-from ringattn.benchmarks.simulator.tables import entry_for
+from ringattn.benchmarks.simulator.tables import base_name, clock, entry_for
 from ringattn.cost import Cluster
 from ringattn.cost.step_shapes import ModelShape
 from ringattn.cost.step_time import ring_gbs
@@ -46,6 +47,16 @@ def shape_of(row: Published) -> ModelShape:
     return row.shape
 
 
+def source_of(row: Published) -> Mapping[str, float | str]:
+    """What is known about the system behind a row."""
+    return entry_for("sources", f"{row.source} | {row.method}")
+
+
+def checkpointing_of(row: Published) -> Mapping[str, float | str]:
+    """What a row checkpoints: as stated, else as its source does."""
+    return entry_for("checkpointing", row.checkpointing or str(source_of(row)["checkpointing"]))
+
+
 def is_forward_only(row: Published) -> bool:
     """Whether the row timed inference."""
     return "prefill" in row.metric or row.says("prefill|inference")
@@ -74,14 +85,15 @@ def step_parts(row: Published, prices: Prices) -> StepParts:
     call = attention_of(row)
     whole = prices.cluster(row, row.per_node or 8)
     figures, forward_only = prices.figures, is_forward_only(row)
-    check = entry_for("checkpointing", row.checkpointing)
+    check = checkpointing_of(row)
     again = 0.0 if forward_only else float(check["again"])
     repeated = 0.0 if forward_only else float(check["attention_again"])
     passes = 1.0 if forward_only else 3.0
     layers, runs = shape.layers / row.pp, row.split.get("accumulate", 1.0)
     tokens = batch_of(row) * row.seq_len / row.cp
     # Products: of the layers, and of the head.
-    gemm = 1e12 * whole.peak_tflops * figures.step("gemm_share")
+    share = figures.step(f"gemm_share@{generation(base_name(row.hardware))}")
+    gemm = 1e12 * whole.peak_tflops * clock(row.hardware) * share
     gemm *= tokens / (tokens + figures.step("gemm_half_tokens"))
     fp8 = figures.step("fp8_gain") if "fp8" in row.dtype.lower() else 1.0
     product = 2.0 * shape.layer_products * tokens / (row.tp * gemm * fp8)
@@ -117,15 +129,16 @@ def step_parts(row: Published, prices: Prices) -> StepParts:
     seconds["bubble"] = bubble * sum(seconds.values())
     computing = sum(seconds.values())
     exchange = exchange_seconds(row, shape, whole, figures.step("exchange_share"), runs)
+    exchange += host_bytes(row, shape, tokens) / (1e9 * figures.step("host_gbs"))
     power = 1.0 + figures.step("overlap")
     joined = (computing**power + exchange**power) ** (1 / power)
     seconds["exchange"] = joined - computing
-    seconds |= offload_seconds(row, shape, figures.step("host_gbs"), tokens, computing)
     if not forward_only:
         ranks = row.gpus if stage_of(row) else 1
         mine = shape.parameters / (row.tp * row.pp) / max(1, ranks // (row.tp * row.pp))
         host = row.split.get("opt_offload", 0.0) > 0
-        rate = 1e9 * (figures.step("adam_gbs") if host else whole.memory_gbs)
+        node = min(row.gpus, row.per_node or 8)
+        rate = 1e9 * (figures.step("adam_gbs") / node if host else whole.memory_gbs)
         seconds["update"] = ADAM_BYTES * mine / rate
         seconds["step"] = 1e-3 * figures.step("step_ms")
     return StepParts(
@@ -148,6 +161,8 @@ def attention_seconds(row: Published, prices: Prices, call: Attention) -> tuple[
 
 def is_fused_loss(row: Published) -> bool:
     """Whether logits are never stored whole: stated, or BurstEngine's and ALST's own habit."""
+    if row.split.get("fused_loss") == 0.0:
+        return False
     if row.says("fused lm head|fused.?loss|liger=1") or "fusedloss" in row.method:
         return not row.method.startswith("burst-ablation") or "fusedloss" in row.method
     return row.method.startswith(("upipe", "alst"))
@@ -178,22 +193,15 @@ def exchange_seconds(
     return NARROW * weights * (gathers + (runs if stage >= 2 else 1)) * (ranks - 1) / ranks / rate
 
 
-def offload_seconds(
-    row: Published, shape: ModelShape, host_gbs: float, tokens: float, computing: float
-) -> dict[str, float]:
-    """Copies to the host and back that nothing hides."""
-    check = entry_for("checkpointing", row.checkpointing)
+def host_bytes(row: Published, shape: ModelShape, tokens: float) -> float:
+    """Bytes that a rank copies to the host and back: activations, weights, gradients."""
+    check = checkpointing_of(row)
     kept = row.split.get("act_offload", float(check["offload"]))
-    ranks = max(1, row.gpus // (row.tp * row.pp))
     moved = 2 * kept * NARROW * tokens * shape.dim * shape.layers / row.pp
-    hidden = max(0.0, moved / (1e9 * host_gbs) - computing)
-    weights = shape.parameters / (row.tp * row.pp) / ranks
-    states = 0.0
+    weights = shape.parameters / row.gpus
     if row.split.get("opt_offload", 0.0) and not is_forward_only(row):
-        states = 6.0 * weights
-    if row.split.get("param_offload", 0.0):
-        states += 6.0 * weights
-    return {"offload": hidden + states / (1e9 * host_gbs)}
+        moved += (WIDE + NARROW) * weights
+    return moved + row.split.get("param_offload", 0.0) * (WIDE + NARROW) * weights
 
 
 def counted_flops(row: Published, shape: ModelShape, call: Attention, tokens: float) -> float:

@@ -48,7 +48,7 @@ def hardware(text: str, base: Cluster, node: int) -> Cluster:
     """
     entry = entry_for("hardware", text)
     peak = float(entry.get("peak_tflops", base.peak_tflops))
-    ratio = peak / base.peak_tflops
+    ratio = peak / base.peak_tflops * clock(text)
     kernels = {
         name: replace(
             kernel,
@@ -68,6 +68,11 @@ def hardware(text: str, base: Cluster, node: int) -> Cluster:
         inter=replace(base.inter, gbs=float(entry.get("inter_gbs", base.inter.gbs))),
         kernels=kernels,
     )
+
+
+def clock(text: str) -> float:
+    """Share of the usual clock that a GPU of that name sustains."""
+    return float(entry_for("hardware", text).get("clock", 1.0))
 
 
 def base_name(text: str) -> str:
