@@ -73,5 +73,6 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
 
 def noise_of(row: Published) -> float:
     """Standard deviation of what even a known row does not repeat."""
-    base = float(defaults()["effects"]["noise"])
+    source = entry_for("sources", f"{row.source} | {row.method}")
+    base = float(defaults()["effects"]["noise"]) * float(source.get("noise", 1.0))
     return 2 * base if group_named(row.mask) == "documents" else base

@@ -1,20 +1,24 @@
 """Rows of a table of published results, read leniently: what is not said has a stated default."""
 
 import csv
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ringattn.benchmarks.simulator.tables import entry_for, same_hardware
+from ringattn.benchmarks.simulator.tables import base_name, entry_for, memory_gib, same_hardware
+from ringattn.cost import load_cluster
 from ringattn.cost.step_shapes import ModelShape
 from ringattn.errors import UserError
 
 TIMES = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes": 1.0}
-UNSPLIT = 16384
-"""Tokens of a sequence up to which ranks need not share it, where a table does not say."""
+UNSPLIT, LONG = 16384, 65536
+"""Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of 80
+GiB GPUs is enough, where a table does not say."""
 _OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
 _RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
 
@@ -87,14 +91,20 @@ class Published:
             default = self.split.get("sp", min(8, self.gpus))
             if "no-cp" in self.method:  # as many ranks as a long sequence needs, at most the heads
                 long = -(-self.seq_len // UNSPLIT)
-                default = min(1 << max(0, long - 1).bit_length(), self.gpus, self.heads[0])
+                default = min(1 << max(0, long - 1).bit_length(), self.gpus, self.per_node or 8)
             return max(1, int(self.split.get("tp", default)))
         return max(1, int(self.split.get("tp", 1)))
 
     @property
     def pp(self) -> int:
         """Ranks that share the layers."""
-        return max(1, int(self.split.get("pp", 1)))
+        default = 1.0
+        if "no-cp" in self.method and "tp" not in self.split and self.tp > 1:
+            # Stages until a stage's share of the activations fits, as far as there are ranks.
+            gib = memory_named(self.hardware)
+            stages = self.seq_len * 80 / (LONG * gib)
+            default = min(1 << max(0, round(math.log2(max(stages, 1)))), self.gpus // self.tp)
+        return max(1, int(self.split.get("pp", default)))
 
     def says(self, pattern: str) -> bool:
         """Whether the note says so."""
@@ -188,6 +198,12 @@ def _directions(metric: str) -> tuple[str, ...]:
     if re.search(r"bwd|backward", metric):
         return both[1:]
     return both[:1] if re.search(r"fwd|forward", metric) else both
+
+
+@lru_cache(maxsize=256)
+def memory_named(hardware: str) -> float:
+    """GiB of a GPU of that name."""
+    return memory_gib(hardware, load_cluster(base_name(hardware)))
 
 
 def _int(text: Any, default: int) -> int:
