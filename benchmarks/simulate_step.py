@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import get_args
 
-import numpy as np
 import torch
 
 import ringattn as ra
@@ -25,7 +24,13 @@ from ringattn.cost import Cluster, Survey, cluster_names, load_cluster, price_su
 from ringattn.cost.attention_memory import attention_bytes
 from ringattn.cost.price import straggling
 from ringattn.cost.step_memory import StepMemory, step_memory
-from ringattn.cost.step_shapes import AttentionBytes, Checkpointing, Engine, ModelShape, StepSettings
+from ringattn.cost.step_shapes import (
+    AttentionBytes,
+    Checkpointing,
+    Engine,
+    ModelShape,
+    StepSettings,
+)
 from ringattn.cost.step_time import AttentionSeconds, StepSeconds, model_flops, step_seconds
 from ringattn.errors import UserError
 from ringattn.launch.step_model import busiest_rank
@@ -223,7 +228,7 @@ def priced_step(
         tokens=plan.tokens, ranks=gpus, micro_batches=micro_batches, engine=engine,
         checkpointing=checkpointing, device="cpu" if cluster.kernel == "cpu_flash" else "cuda",
     )  # fmt: skip
-    how = replace(how, **dict(settings or {}))  # type: ignore[arg-type]
+    how = replace(how, **dict(settings or {}))
     curves = cluster.kernel_named(None)
     both = [price_survey(s, cluster, curves.curve(s.direction)) for s in plan.surveys]
     # The slowest of all ranks, not of one group's alone.
@@ -241,5 +246,5 @@ def priced_step(
         memory=memory, fits=memory.peak.nbytes <= 0.94 * 2**30 * cluster.memory_gib,
         flops=model_flops(shape, tokens, groups * micro_batches * plan.area),
         peak_tflops=cluster.peak_tflops,
-        received=float(np.max(sum(p.received for p in both).sum(axis=0))),
+        received=float((both[0].received + both[1].received).sum(axis=0).max()),
     )  # fmt: skip

@@ -82,7 +82,9 @@ def kernel_of(row: Published) -> str:
 
 
 @lru_cache(maxsize=1024)
-def surveys_of(call: Attention, directions: tuple[Direction, ...]) -> tuple[tuple[Survey, ...], ...]:
+def surveys_of(
+    call: Attention, directions: tuple[Direction, ...]
+) -> tuple[tuple[Survey, ...], ...]:
     """Surveys of a call's plans: one entry per mask, one survey per direction."""
     found = []
     for mask in masks_named(call.source, call.mask, call.seq_len, call.gpus):
@@ -136,7 +138,7 @@ class Prices:
         if key not in self._known:
             both = DIRECTIONS if call.world > 1 or len(directions) > 1 else tuple(directions)
             times, speeds = [], []
-            for found in surveys_of(call, tuple(both)):  # type: ignore[arg-type]
+            for found in surveys_of(call, tuple(both)):
                 mine = [s for s in found if s.direction in directions]
                 curves = cluster.kernels[cluster.kernel]
                 spent = sum(

@@ -54,4 +54,6 @@ def dump_calibration(found: Calibration, source: str) -> str:
         f"# Written by `python -m ringattn.benchmarks.fit_simulator`: {source}.\n"
         "# figures: of clusters and steps. effects: logarithms of factors on speed, or on memory.\n"
     )
-    return head + yaml.safe_dump({"figures": figures, "effects": effects}, sort_keys=True, width=200)
+    return head + yaml.safe_dump(
+        {"figures": figures, "effects": effects}, sort_keys=True, width=200
+    )

@@ -1,8 +1,9 @@
 """What rows of one kind share that the model does not say: small factors on speed, by name.
 
 An effect is a word or several that rows have in common ("method=ring mask=causal"), with a weight;
-its value is the logarithm of a factor on the row's speed, or on its memory. Values are drawn to zero by the spreads
-in `configs/calibration/prior.yaml`, so that rows without known effects get the model's own figure.
+its value is the logarithm of a factor on the row's speed, or on its memory. Values are drawn to
+zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known effects get the
+model's own figure.
 """
 
 import math
@@ -24,7 +25,9 @@ def words(row: Published) -> dict[str, str]:
     mask = kind_named(re.sub(r"[\s\-]+", "_", row.mask.strip().lower()))
     hardware = same_hardware(row.hardware)
     # Rows of one source that differ in a stated switch (compiled, offloaded) are of other settings.
-    switches = re.findall(r"compile|offload=\d|zero.?\d|optimizer offload=\d|float8", row.note.lower())
+    switches = re.findall(
+        r"compile|offload=\d|zero.?\d|optimizer offload=\d|float8", row.note.lower()
+    )
     return {
         "source": row.source.split("(")[0].strip(),
         "method": row.method if row.kind == "attention" else row.family,

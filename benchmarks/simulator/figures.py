@@ -114,7 +114,8 @@ class Figures:
     def _curve(self, name: str, kernel: str, direction: str) -> Curve:
         names = curve_names(name, kernel, direction)
         keys = {full.rpartition(".")[2]: self[full] for full in names}
-        return Curve(block_rows=128 if direction == "forward" else 64, **keys)
+        rows = 128 if direction == "forward" else 64
+        return Curve(block_rows=rows, block_keys=128, **keys)  # type: ignore[arg-type]
 
 
 def names_of(kernels: Sequence[tuple[str, str]]) -> list[str]:

@@ -129,13 +129,16 @@ def solve(model: Linear, use: np.ndarray) -> Calibration:
     gram = design @ design.T
     count = np.ones(len(use))
     # Verdicts pull only where they are violated: over the limit, or under it.
-    verdict = np.array([
-        0.0 if row.kind != "verdict" else 1.0 if row.value else -1.0
-        for row in (model.rows[i] for i in use)
-    ])
+    verdict = np.array(
+        [
+            0.0 if row.kind != "verdict" else 1.0 if row.value else -1.0
+            for row in (model.rows[i] for i in use)
+        ]
+    )
     offset = offset - MARGIN * verdict
     free = verdict != 0
     count = np.where(free, IGNORED, count)
+    dual = np.zeros(len(use))
     for _ in range(ROUNDS):
         dual = np.linalg.solve(gram + np.diag(noise**2 / count), -offset)
         left = (offset + gram @ dual) / noise

@@ -1,12 +1,12 @@
 """Peak memory of a published training step or inference on one GPU, part by part.
 
-    states      weights, gradients, master weights and moments, by ZeRO stage and offloading
-    outer       embedding and output head with their gradients, gathered whole, where weights are
-                sharded
-    kept        what waits for the backward, by checkpointing mode; a key-value cache in inference
-    work        the layer at work: its activations times a fitted figure
-    logits      of the output head where they are stored whole, times a fitted figure of bytes each
-    context     of a driver-level reading: CUDA context and the allocator's unused blocks
+states      weights, gradients, master weights and moments, by ZeRO stage and offloading
+outer       embedding and output head with their gradients, gathered whole, where weights are
+            sharded
+kept        what waits for the backward, by checkpointing mode; a key-value cache in inference
+work        the layer at work: its activations times a fitted figure
+logits      of the output head where they are stored whole, times a fitted figure of bytes each
+context     of a driver-level reading: CUDA context and the allocator's unused blocks
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from ringattn.benchmarks.simulator.step_parts import (
     NARROW,
     WIDE,
     batch_of,
+    checkpointing_of,
     is_forward_only,
     is_fused_loss,
-    checkpointing_of,
     shape_of,
     source_of,
     stage_of,
@@ -74,7 +74,11 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
         kept += whole * (1.0 if forward_only else 8 * layers * float(check["layer"]))
         layer += 4 * whole
     source = source_of(row)
-    work = figures.step("work_layers") * float(source["work"]) * (layer_bytes(shape, min(tokens, TILE)) if tiled else layer)
+    work = (
+        figures.step("work_layers")
+        * float(source["work"])
+        * (layer_bytes(shape, min(tokens, TILE)) if tiled else layer)
+    )
     if tiled:
         work += 6 * stream
     each = figures.step("logits") * float(source["logits"])

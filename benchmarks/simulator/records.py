@@ -17,8 +17,8 @@ from ringattn.errors import UserError
 TIMES = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
 BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes": 1.0}
 UNSPLIT, LONG = 16384, 65536
-"""Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of 80
-GiB GPUs is enough, where a table does not say."""
+"""Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of
+80 GiB GPUs is enough, where a table does not say."""
 _OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
 _RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
 
@@ -127,10 +127,11 @@ def read(path: str | Path) -> list[Published]:
     if not {"metric", "value"} <= set(names):
         raise UserError(f"{file}", "has no columns metric and value", "give the table of results")
     reader.fieldnames = names
-    return [_row(index, entry) for index, entry in enumerate(reader, start=2)]
+    return [parse_row(index, entry) for index, entry in enumerate(reader, start=2)]
 
 
-def _row(line: int, raw: Mapping[str | None, Any]) -> Published:
+def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
+    """A row from cells by column; see `Published`."""
     entry = {k: (v or "").strip() for k, v in raw.items() if k and isinstance(v, str | None)}
     note, method = entry.get("note", ""), entry.get("method", "")
     model = entry.get("model", "")
@@ -140,7 +141,9 @@ def _row(line: int, raw: Mapping[str | None, Any]) -> Published:
     heads_q = _int(entry.get("heads_q"), known["heads_q"])
     heads_kv = _int(entry.get("heads_kv"), min(heads_q, known["heads_kv"]))
     width = _int(entry.get("hidden"), 0)
-    head_dim = _int(entry.get("head_dim"), known.get("head_dim", (width or 128 * heads_q) // heads_q))
+    head_dim = _int(
+        entry.get("head_dim"), known.get("head_dim", (width or 128 * heads_q) // heads_q)
+    )
     alone = "attention" in model.lower() or (not model and not width)
     shape = None
     if not alone:

@@ -145,7 +145,7 @@ def _ranking(found: Iterable[Scored], key: Callable[[Published], Hashable]) -> d
 
 
 def _verdicts(found: Sequence[Scored]) -> dict[str, Any]:
-    """Shares of verdicts that are right, of the table's own and of steps that were timed and so fit."""
+    """Shares of verdicts that are right: the table's own, and steps that were timed and so fit."""
     parts: dict[str, list[Scored]] = {
         "out of memory": [s for s in found if s.row.kind == "verdict" and s.row.value == 1],
         "fits": [s for s in found if s.row.kind == "verdict" and s.row.value == 0],

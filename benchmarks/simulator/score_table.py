@@ -6,7 +6,10 @@ from typing import Any
 
 def table(result: Mapping[str, Any], title: str) -> str:
     """Errors, ranking, verdicts and misses, one line each."""
-    lines = [title, f"  {'group':28} {'rows':>5} {'covered':>8} {'median':>7} {'p90':>7} {'bias':>7}"]
+    lines = [
+        title,
+        f"  {'group':28} {'rows':>5} {'covered':>8} {'median':>7} {'p90':>7} {'bias':>7}",
+    ]
     for name, one in result["groups"].items():
         lines.append(
             f"  {name:28} {one['rows']:5} {one['coverage']:8.1%} {_share(one.get('median')):>7} "

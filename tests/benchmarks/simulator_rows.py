@@ -3,10 +3,11 @@
 import csv
 from pathlib import Path
 
-COLUMNS = (
-    "source,hardware,gpus,gpus_per_node,model,layers,hidden,heads_q,heads_kv,head_dim,ffn,vocab,"
-    "dtype,seq_len,mask,method,checkpointing,metric,value,unit,provenance,note"
-).split(",")
+COLUMNS = [
+    "source", "hardware", "gpus", "gpus_per_node", "model", "layers", "hidden", "heads_q",
+    "heads_kv", "head_dim", "ffn", "vocab", "dtype", "seq_len", "mask", "method", "checkpointing",
+    "metric", "value", "unit", "provenance", "note",
+]  # fmt: skip
 ATTENTION = {
     "source": "bench", "hardware": "H100-80GB", "gpus": "8", "gpus_per_node": "8",
     "model": "attention-only", "layers": "1", "heads_q": "64", "heads_kv": "8", "head_dim": "128",
