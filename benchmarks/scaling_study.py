@@ -5,8 +5,8 @@
 
 Every (mask, method) is planned once per context-parallel group and priced for 8, 16, ... 4,096
 GPUs. Groups hold at most `--group` ranks (64); more GPUs are more groups. Their sequences are
-alike, so that one group's exact price stands for all but for the slowest rank's lateness, which grows with
-the number of GPUs; packs of documents that differ between groups would cost more than this. Weak
+alike, so that one group's exact price stands for all but for the slowest rank's lateness, which
+grows with the number of GPUs; packs of documents that differ between groups would cost more. Weak
 scaling keeps 16,384 tokens per GPU, strong scaling 64 sequences of 1,048,576 tokens per step.
 Sensitivity prices the same plans on clusters with links of half and twice the bandwidth, and of a
 quarter and four times the latency. A method that cannot plan a case is refused with its reason,

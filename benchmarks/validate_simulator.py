@@ -1,7 +1,7 @@
 """Holds the simulator against a table of published results, row by row.
 
     python -m ringattn.benchmarks.validate_simulator TABLE.csv [--json]
-        [--folds N | --leave-out SOURCE | --leave-out each | --datasheet]
+        [--folds N [--by setting] | --leave-out SOURCE | --leave-out each | --datasheet]
         [--calibration FILE] [--worst N] [--rows]
 
 Any CSV with the columns `metric` and `value` and some of those of the published record is taken:
@@ -15,7 +15,8 @@ Without further options the fit that comes with the package predicts all rows. A
 rows says little about them, so:
 
     --folds N           N folds of the table, rows of one run together: each is predicted by a fit
-                        to the others
+                        to the others; with --by setting all methods of one setting together, so
+                        that a choice between them is made by one fit that has seen none of them
     --leave-out SOURCE  rows of the source are predicted by a fit to all others; "each" does so for
                         one source after the other
     --datasheet         no fit at all: data-sheet links and kernel shares
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     how.add_argument("--folds", type=int, default=0, help="cross-validate on the table")
     how.add_argument("--leave-out", metavar="SOURCE", help='a source, or "each"')
     how.add_argument("--datasheet", action="store_true", help="predict without any fit")
+    parser.add_argument("--by", choices=("run", "setting"), default="run", help="of folds")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("--worst", type=int, default=0, help="print that many of the worst rows")
     parser.add_argument("--rows", action="store_true", help="every row's prediction, with --json")
@@ -61,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.folds:
             if args.folds < 2:
                 raise UserError(f"--folds={args.folds}", "must be at least 2", "give 2 or more")
-            title = f"cross-validated, {args.folds} folds of runs"
-            found = held_out(rows, [f"{fold}" for fold in folds_of(rows, args.folds, args.seed)])
+            title = f"cross-validated, {args.folds} folds by {args.by}"
+            folds = folds_of(rows, args.folds, args.seed, by=args.by)
+            found = held_out(rows, [f"{fold}" for fold in folds])
         elif args.leave_out:
             title, found = _sources(rows, args.leave_out)
         else:

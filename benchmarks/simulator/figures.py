@@ -115,7 +115,7 @@ class Figures:
         names = curve_names(name, kernel, direction)
         keys = {full.rpartition(".")[2]: self[full] for full in names}
         rows = 128 if direction == "forward" else 64
-        return Curve(block_rows=rows, block_keys=128, **keys)  # type: ignore[arg-type]
+        return Curve(block_rows=rows, block_keys=128, **keys)
 
 
 def names_of(kernels: Sequence[tuple[str, str]]) -> list[str]:

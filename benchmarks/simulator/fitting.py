@@ -39,7 +39,8 @@ class Linear:
     Attributes:
         rows: that can be predicted. names: of the figures. at: where, logarithms.
         error: log(predicted / published) of speed there. slope: (rows, figures).
-        effects: names. weights: (rows, effects). spread: prior deviation of each (row, effect).
+        effects: names. weights: (rows, effects), each times
+            the effect's prior deviation.
     """
 
     rows: tuple[Published, ...]
@@ -164,9 +165,15 @@ def effect_spreads(model: Linear) -> np.ndarray:
     return np.array([found[name] for name in model.effects])
 
 
-def folds_of(rows: Sequence[Published], count: int, seed: int = 0) -> np.ndarray:
-    """A fold for each row; rows of one run share a fold."""
-    runs = sorted({row.run for row in rows}, key=repr)
+def folds_of(
+    rows: Sequence[Published], count: int, seed: int = 0, *, by: str = "run"
+) -> np.ndarray:
+    """A fold for each row; rows of one run share a fold, or all methods of one setting."""
+
+    def key(row: Published) -> tuple:
+        return row.run if by == "run" else row.setting
+
+    runs = sorted({key(row) for row in rows}, key=repr)
     order = np.random.default_rng(seed).permutation(len(runs))
     fold = {runs[int(r)]: int(i) % count for i, r in enumerate(order)}
-    return np.array([fold[row.run] for row in rows])
+    return np.array([fold[key(row)] for row in rows])

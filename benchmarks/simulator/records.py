@@ -71,6 +71,14 @@ class Published:
         )  # fmt: skip
 
     @property
+    def setting(self) -> tuple:
+        """Rows of one setting differ in method, and in what is tuned with it."""
+        return (
+            self.source, same_hardware(self.hardware), self.gpus, self.model, self.heads,
+            self.seq_len, self.mask,
+        )  # fmt: skip
+
+    @property
     def family(self) -> str:
         """Implementations of one method share it."""
         return str(entry_for("methods", self.method)["family"])
