@@ -61,7 +61,8 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     layers = shape.layers / row.pp
     layer = layer_bytes(shape, tokens)
     if forward_only:
-        kept = NARROW * 2 * tokens * shape.kv_width * layers * figures.step("cache_share")
+        share = figures.step("cache_share") if row.tp == 1 else 0.0
+        kept = NARROW * 2 * tokens * shape.kv_width * layers * share
     else:
         kept = stream * layers * (float(check["inputs"]) + float(check["outputs"]))
         kept += layers * float(check["layer"]) * layer
@@ -72,7 +73,7 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
         # Without sequence parallelism every rank holds the residual stream of all tokens.
         whole = stream * (row.tp - 1)
         kept += whole * (1.0 if forward_only else 8 * layers * float(check["layer"]))
-        layer += 4 * whole
+        layer += 2 * whole
     source = source_of(row)
     work = (
         figures.step("work_layers")
@@ -84,6 +85,13 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     each = figures.step("logits") * float(source["logits"])
     rows = min(tokens, TILE) if is_fused_loss(row) else tokens
     logits = each * rows * shape.vocab_size / row.pp
+    # Scores of blocks of a ring, where attention is not fused.
+    entry = entry_for("methods", row.method)
+    block = NARROW * shape.heads * batch_of(row) * tokens**2 / max(batch_of(row), 1.0) ** 2
+    if entry.get("scores") == "all":
+        parts["scores"] = row.cp * block * (1.5 if forward_only else layers)
+    elif entry.get("scores") == "one":
+        parts["scores"] = block
     parts |= {"kept": kept, "work": max(work, 0.0), "logits": logits}
     if forward_only:
         parts["work"] /= 3

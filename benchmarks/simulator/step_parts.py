@@ -69,8 +69,8 @@ def batch_of(row: Published) -> float:
 
 def stage_of(row: Published) -> int:
     """ZeRO stage: as stated, else the method's, else 3."""
-    stated = row.split.get("zero", entry_for("methods", row.method).get("sharded", 3))
-    return int(stated)
+    entry = entry_for("methods", row.method)
+    return int(min(row.split.get("zero", entry.get("sharded", 3)), entry.get("most", 3)))
 
 
 def step_parts(row: Published, prices: Prices) -> StepParts:
