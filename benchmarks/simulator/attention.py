@@ -74,6 +74,8 @@ def kernel_of(row: Published) -> str:
         return "ffa-fa4" if modern == "blackwell" else "ffa"
     if name in ("fa3", "cudnn", "fa2"):
         return "fa3_unfused" if name == "fa3" and not alone else name
+    if row.method.lower().startswith("kernel-") and name not in ("", "sdpa", "fa", "flash"):
+        return name
     if modern == "ampere" or re.search(r"ring.?flash|burst|alst|arctic", row.source.lower()):
         return "fa2"
     if modern == "blackwell":

@@ -15,6 +15,8 @@ from ringattn.benchmarks.simulator.mask_names import group_named, kind_named
 from ringattn.benchmarks.simulator.records import Published
 from ringattn.benchmarks.simulator.tables import entry_for, same_hardware
 
+LONE = 0.3
+"""Spread of sessions on one GPU, over that of sessions on several."""
 MEMORY = ("memory", "verdict", "length")
 """Kinds of figures that follow from bytes."""
 
@@ -67,10 +69,13 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
     for kind, weight in sizes.items():
         for names, spread in table[kind].items():
             label = " ".join(f"{name}={own[name]}" for name in names.split())
-            if "session" in names and row.kind == "attention":
+            wide = scale * float(spread)
+            if names == "session" and row.kind == "attention":
                 label += f" group={own['group']}"
+                # Sessions differ by their network most; one GPU has none.
+                wide *= LONE if row.gpus == 1 else 1.0
             if weight:
-                found[f"{kind}: {label}"] = weight, scale * float(spread)
+                found[f"{kind}: {label}"] = weight, wide
     return found
 
 

@@ -62,7 +62,7 @@ def fits(row: Published) -> bool:
 def with_verdicts(rows: Sequence[Published]) -> list[Published]:
     """The rows, and a verdict that it fits for each training step that was timed."""
     timed = [row for row in rows if row.kind in ("tokens", "flops", "mfu", "seconds")]
-    ran = [replace(row, kind="verdict", value=0.0) for row in timed if row.shape]
+    ran = [replace(row, kind="verdict", value=0.0) for row in timed if row.shape and row.value]
     return [*rows, *ran]
 
 

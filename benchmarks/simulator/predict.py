@@ -19,6 +19,8 @@ from ringattn.errors import UserError
 
 SPEEDS = ("attention", "tokens", "seconds", "flops", "mfu")
 """Kinds of figures that are speeds or times."""
+BRIEF = 4096
+"""Tokens of a call on one GPU that says nothing about a sustained rate."""
 IMPOSSIBLE = 2.0
 """Of a verdict on a method that cannot run: as far over the limit as nobody doubts."""
 
@@ -147,5 +149,7 @@ def depends_on(row: Published) -> list[str]:
     found = [n for n in figures_of(row, directions) if n.partition("/")[2] in free["links"]
              or n.rpartition(".")[2] in free["curves"]]  # fmt: skip
     if row.kind == "attention":
-        return found
+        # Calls on few tokens are too short for a GPU to fall to the clock that it sustains.
+        brief = row.gpus == 1 and row.seq_len <= BRIEF
+        return [n for n in found if not (brief and n.endswith(".tflops"))]
     return found + [f"step/{key}" for key in free["steps"]]

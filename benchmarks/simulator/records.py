@@ -167,6 +167,8 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
         )
     seq_len = _int(entry.get("seq_len"), 0)
     kind, directions = kind_of(metric, unit, alone)
+    if re.search(r"^(oom|fail|out of memory)", entry.get("value", "").lower()):
+        kind, directions = "verdict", ()  # in the place of a figure
     value = _value(entry.get("value", ""), unit, kind)
     if kind == "length" and not seq_len:
         seq_len = int(value or 0)
@@ -231,11 +233,11 @@ def _value(text: str, unit: str, kind: str) -> float | None:
         if _RAN.search(plain):
             return 0.0
         return 1.0 if _OOM.search(plain) else None
-    if kind != "attention" and re.search(r"^(oom|fail|nan)", plain):
-        return None
     try:
         value = float(plain.replace(",", "").rstrip("%"))
     except ValueError:
+        return None
+    if not math.isfinite(value):
         return None
     name = unit.lower().split("/")[0].strip()
     if kind == "memory":
