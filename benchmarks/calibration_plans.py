@@ -38,28 +38,31 @@ GATHER_PASSES = {"forward": 1, "backward": 16}
 _ROW = 1 << 40  # more than any row number
 
 
-def schedules_of(row: Row, mask: Mask) -> list[Schedule]:
-    """The schedules that imitate a row's method under one mask, one per direction."""
+def schedules_of(row: Row, mask: Mask, node: int = NODE) -> list[Schedule]:
+    """The schedules that imitate a row's method under one mask, one per direction.
+
+    `node` consecutive ranks of the group share a node.
+    """
     shapes = Shapes(
         q_heads=row.heads[0], kv_heads=row.heads[1], qk_dim=row.head_dim, v_dim=row.head_dim,
         itemsize=2, accumulator_itemsize=4,
     )  # fmt: skip
     world, method = row.gpus, row.method
-    layout = _layout(row, mask)
+    layout = _layout(row, mask, node)
     problem = Problem(
-        mask=mask, layout=layout, shapes=shapes, ranks_per_node=min(NODE, world), wire=Wire.INPUT
+        mask=mask, layout=layout, shapes=shapes, ranks_per_node=min(node, world), wire=Wire.INPUT
     )
     return [_imitate(problem, direction, method) for direction in row.directions]
 
 
-def _layout(row: Row, mask: Mask) -> Layout:
+def _layout(row: Row, mask: Mask, node: int) -> Layout:
     world, method = row.gpus, row.method
     if world == 1 or method in ("ulysses", "ring-unbalanced", "llama3-allgather"):
         return layouts.contiguous(mask.seq_len, world)
     if method.startswith("magi"):
         return layouts.area_greedy(mask, world, chunk=MAGI_CHUNK)
     if method.startswith(("usp", "loongtrain")):
-        return grouped_zigzag(mask, world, min(NODE, world), "ringfirst" not in method)
+        return grouped_zigzag(mask, world, min(node, world), "ringfirst" not in method)
     if method == "hybrid-cp":
         return hybrid_layout(mask, world)
     if "stripe" in method:

@@ -39,7 +39,7 @@ def price_pair(
 
 def price_survey(counts: Survey, cluster: Cluster, curve: Curve) -> Priced:
     """Predicts a schedule that is surveyed already, for a kernel's curve of its direction."""
-    work = step_seconds(counts.load, curve, cluster) * _straggling(cluster, counts.world)
+    work = step_seconds(counts.load, curve, cluster) * straggling(cluster, counts.world)
     memory = 1e9 * cluster.memory_gbs
     pack, unpack = counts.pack / memory, counts.unpack / memory
     begin, end, finish, sent, done = _run(counts, cluster, work, pack, unpack)
@@ -64,7 +64,7 @@ def price_survey(counts: Survey, cluster: Cluster, curve: Curve) -> Priced:
     )
 
 
-def _straggling(cluster: Cluster, world: int) -> float:
+def straggling(cluster: Cluster, world: int) -> float:
     """Expected slowest of P ranks whose kernel times vary normally, over their mean."""
     return 1.0 + cluster.jitter * math.sqrt(2.0 * math.log(world))
 

@@ -1,0 +1,86 @@
+"""What rows of one kind share that the model does not say: small factors on speed, by name.
+
+An effect is a word or several that rows have in common ("method=ring mask=causal"), with a weight;
+its value is the logarithm of a factor on the row's speed, or on its memory. Values are drawn to
+zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known effects get the
+model's own figure.
+"""
+
+import math
+import re
+
+from ringattn.benchmarks.simulator.attention import kernel_of
+from ringattn.benchmarks.simulator.figures import defaults
+from ringattn.benchmarks.simulator.mask_names import group_named, kind_named
+from ringattn.benchmarks.simulator.records import Published
+from ringattn.benchmarks.simulator.tables import entry_for, same_hardware
+
+LONE = 0.3
+"""Spread of sessions on one GPU, over that of sessions on several."""
+MEMORY = ("memory", "verdict", "length")
+"""Kinds of figures that follow from bytes."""
+
+
+def words(row: Published) -> dict[str, str]:
+    """What a row has in common with others, by kind."""
+    directions = "+".join(row.directions)
+    mask = kind_named(re.sub(r"[\s\-]+", "_", row.mask.strip().lower()))
+    hardware = same_hardware(row.hardware)
+    # Rows of one source that differ in a stated switch (compiled, offloaded) are of other settings.
+    switches = re.findall(
+        r"compile|offload=\d|zero.?\d|optimizer offload=\d|float8", row.note.lower()
+    )
+    return {
+        "source": row.source.split("(")[0].strip(),
+        "method": row.method if row.kind == "attention" else row.family,
+        "direction": directions or "step",
+        "mask": mask,
+        "group": group_named(row.mask),
+        "hardware": hardware,
+        "kernel": kernel_of(row),
+        "checkpointing": str(entry_for("checkpointing", row.checkpointing)["mode"]),
+        "model": row.model,
+        "dtype": row.dtype,
+        "settings": ",".join(sorted(set(switches))),
+        "ranks": str(row.cp * row.tp),
+        "session": f"{row.source}|{hardware}|{row.gpus}|{row.heads}|{row.seq_len}|{row.model}",
+    }
+
+
+def effects_of(row: Published) -> dict[str, tuple[float, float]]:
+    """The effects of a row: weight and prior standard deviation of each, by name."""
+    table, own = defaults()["effects"], words(row)
+    found: dict[str, tuple[float, float]] = {}
+    sizes = {"attention": 1.0, "step": 1.0}
+    if row.kind == "attention":
+        single = row.gpus == 1
+        sizes = {"attention": 1.0, "ranks": 0.0 if single else math.log2(row.gpus / 16)}
+    elif row.kind in MEMORY:
+        sizes = {"memory": 1.0}
+    else:
+        tokens = max(row.seq_len, 1) / (row.cp * row.tp)
+        sizes = {
+            "step": 1.0,
+            "load": math.log2(tokens / 16384) / 2,
+            "split": math.log2(row.cp * row.tp / 8) / 2,
+            "span": math.log2(row.gpus / 16) / 2,
+        }
+    scale = 2.0 if own["group"] == "documents" else 1.0
+    for kind, weight in sizes.items():
+        for names, spread in table[kind].items():
+            label = " ".join(f"{name}={own[name]}" for name in names.split())
+            wide = scale * float(spread)
+            if names == "session" and row.kind == "attention":
+                label += f" group={own['group']}"
+                # Sessions differ by their network most; one GPU has none.
+                wide *= LONE if row.gpus == 1 else 1.0
+            if weight:
+                found[f"{kind}: {label}"] = weight, wide
+    return found
+
+
+def noise_of(row: Published) -> float:
+    """Standard deviation of what even a known row does not repeat."""
+    source = entry_for("sources", f"{row.source} | {row.method}")
+    base = float(defaults()["effects"]["noise"]) * float(source.get("noise", 1.0))
+    return 2 * base if group_named(row.mask) == "documents" else base

@@ -1,0 +1,118 @@
+"""The simulator's fit: it finds what made its rows, does not read rows that it leaves out, and is
+written so that it reads the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ringattn.benchmarks import fit_simulator, validate_simulator
+from ringattn.benchmarks.simulator import fitting
+from ringattn.benchmarks.simulator.attention import Prices
+from ringattn.benchmarks.simulator.calibration_file import dump_calibration, load_calibration
+from ringattn.benchmarks.simulator.figures import Figures
+from ringattn.benchmarks.simulator.memory_parts import memory_parts
+from ringattn.benchmarks.simulator.predict import Calibration, predict, raw_speed
+from ringattn.benchmarks.simulator.records import read
+from ringattn.benchmarks.simulator.step_parts import step_parts
+from ringattn.errors import UserError
+from tests.benchmarks.simulator_rows import ATTENTION, STEP, write
+
+METHODS = ("ulysses", "ring", "allgather")
+
+
+def made_rows(tmp_path, factor: float):
+    """Rows of a cluster whose kernel is `factor` times as fast as the data sheet says."""
+    rows = read(
+        write(
+            tmp_path / "t.csv",
+            *[
+                ATTENTION | {"method": m, "mask": k, "metric": f"{d}_tflops_per_gpu"}
+                for m in METHODS
+                for k in ("full", "causal")
+                for d in ("fwd", "bwd")
+            ],
+        )
+    )
+    names = [f"h100_sxm/kernels.fa3_unfused.{d}.tflops" for d in ("forward", "backward")]
+    figures = Figures()
+    for name in names:
+        figures = figures.nudged(name, factor)
+    prices = Prices(figures)
+    return [replace(row, value=raw_speed(row, prices).value) for row in rows]
+
+
+def test_a_fit_finds_the_speed_that_made_the_rows(tmp_path):
+    rows = made_rows(tmp_path, 0.9)
+    before = validate_simulator.predicted(rows, Calibration(Figures()))
+    after = validate_simulator.predicted(rows, fit_simulator.fitted(rows))
+    assert min(one.error for one in before if one.error is not None) > 0.04
+    assert max(abs(one.error) for one in after if one.error is not None) < 0.015
+
+
+def test_rows_that_are_left_out_do_not_move_the_fit(tmp_path):
+    rows = made_rows(tmp_path, 0.9)
+    use = np.arange(len(rows) - 2)
+    spoiled = [*rows[:-2], *(replace(row, value=1.0) for row in rows[-2:])]
+    fits = [
+        fitting.solve(fitting.linearise(table, Figures()), use).figures.values
+        for table in (rows, spoiled)
+    ]
+    assert fits[0] == fits[1]
+    seen = fitting.solve(fitting.linearise(spoiled, Figures()), np.arange(len(rows)))
+    assert seen.figures.values != fits[0]
+
+
+def test_folds_keep_runs_together(tmp_path):
+    rows = made_rows(tmp_path, 1.0)
+    folds = fitting.folds_of(rows, 3)
+    for row, fold in zip(rows, folds, strict=True):
+        same = [f for other, f in zip(rows, folds, strict=True) if other.run == row.run]
+        assert set(same) == {fold}
+
+
+def test_a_fit_reads_as_it_was_written(tmp_path):
+    fit = Calibration(
+        Figures({"a800_sxm/intra.gbs": 91.25, "step/fp8_gain": 1.5}),
+        {"step: source=x": 0.25, "step: source=y": 0.0001},
+    )
+    path = tmp_path / "fit.yaml"
+    path.write_text(dump_calibration(fit, "a test"))
+    back = load_calibration(path)
+    assert back.figures.values == fit.figures.values
+    assert back.effects == {"step: source=x": 0.25}
+    path.write_text("figures: {a800_sxm/nothing: 1}\neffects: {}\n")
+    with pytest.raises(UserError, match="unknown"):
+        load_calibration(path)
+    path.write_text("figures: [1]\n")
+    with pytest.raises(UserError, match="figures"):
+        load_calibration(path)
+
+
+def test_parts_of_a_step_sum_to_it_and_follow_their_causes(tmp_path):
+    (row,) = read(write(tmp_path / "t.csv", STEP))
+    fit = load_calibration()
+    step = step_parts(row, Prices(fit.figures))
+    assert all(seconds >= 0 for seconds in step.seconds.values())
+    assert step.total == pytest.approx(sum(step.seconds.values()))
+    kept = step_parts(replace(row, checkpointing="none"), Prices(fit.figures))
+    saved = step_parts(replace(row, checkpointing="attn-output-saved"), Prices(fit.figures))
+    assert kept.total < saved.total < step.total
+    assert saved.seconds["attention again"] == 0
+    assert kept.seconds["products again"] == 0
+    memory = [
+        memory_parts(replace(row, checkpointing=mode), fit.figures).total
+        for mode in ("layer-input", "seq-selective", "attn-output-saved", "none")
+    ]
+    assert memory == sorted(memory)
+    assert len(set(memory)) == 4
+
+
+def test_effects_move_rows_that_share_them_and_no_others(tmp_path):
+    rows = read(write(tmp_path / "t.csv", STEP, STEP | {"source": "another"}))
+    prices = Prices(Figures())
+    plain = [predict(row, Calibration(Figures()), prices).value for row in rows]
+    fit = Calibration(Figures(), {"step: source=trainer": np.log(1.1)})
+    moved = [predict(row, fit, prices).value for row in rows]
+    assert moved[0] == pytest.approx(1.1 * plain[0])
+    assert moved[1] == plain[1]

@@ -1,0 +1,122 @@
+"""The validator takes any table, counts misses, and scores as it says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ringattn.benchmarks import validate_simulator as validator
+from ringattn.benchmarks.simulator.records import Published, parse_row, read
+from ringattn.benchmarks.simulator.score import Scored, score
+from tests.benchmarks.simulator_rows import ATTENTION, STEP, write
+
+
+def run(capsys, *argv: str) -> dict:
+    """The validator's JSON."""
+    assert validator.main([*argv, "--json", "--rows"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rows_of_every_kind_are_predicted(tmp_path, capsys):
+    path = write(
+        tmp_path / "t.csv",
+        ATTENTION,
+        ATTENTION | {"metric": "bwd_time", "unit": "ms", "value": "20", "method": "zigzag ring v2"},
+        ATTENTION | {"mask": "doc_causal", "hardware": "NVIDIA H100 SXM5 80GB HBM3"},
+        ATTENTION | {"mask": "shared question", "method": "MagiAttention native", "gpus": "16"},
+        STEP,
+        STEP | {"metric": "mfu", "value": "41%", "unit": "%", "hardware": "nvidia-a100 (80 GB)"},
+        STEP | {"metric": "step_time", "value": "30", "unit": "s", "method": "fsdp2"},
+        STEP | {"metric": "peak_memory", "value": "50", "unit": "GiB", "checkpointing": ""},
+        STEP | {"metric": "oom", "value": "OOM", "unit": "verdict", "seq_len": "4194304"},
+        STEP | {"metric": "max_seq_len", "value": "400000", "unit": "tokens", "seq_len": ""},
+        STEP | {"model": "Qwen2.5-7B", "layers": "", "hidden": "", "heads_q": "", "heads_kv": "",
+                "head_dim": "", "ffn": "", "vocab": "", "hardware": "Quux 9000", "gpus": ""},
+    )  # fmt: skip
+    found = run(capsys, str(path))
+    assert [g["coverage"] for g in found["groups"].values()] == [1.0] * len(found["groups"])
+    assert not found["misses"]
+    values = [row["predicted"] for row in found["rows"]]
+    assert all(value > 0 for value in values)
+    masks = {"attention: dense", "attention: documents", "attention: other masks"}
+    steps = {"end to end: MFU", "end to end: time", "memory", "out of memory"}
+    assert masks | steps <= set(found["groups"])
+    # 128K tokens of a 7B model on an A800 take a second per thousand, and fit; 4M do not.
+    assert values[4] == pytest.approx(900, rel=0.3)
+    assert values[8] > 1.1
+
+
+def test_a_row_that_cannot_be_predicted_is_a_miss_with_its_reason(tmp_path, capsys):
+    path = write(
+        tmp_path / "t.csv",
+        ATTENTION,
+        ATTENTION | {"seq_len": ""},
+        STEP | {"metric": "loss", "unit": "nats"},
+    )
+    found = run(capsys, str(path))
+    reasons = [(miss["line"], miss["reason"].split(":")[0]) for miss in found["misses"]]
+    assert reasons == [(3, "seq_len"), (4, "metric 'loss'")]
+    assert found["groups"]["attention: dense"]["coverage"] == 0.5
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "metric,value\n"])
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    assert validator.main([str(path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_missing_columns_and_names_fall_back(tmp_path):
+    path = write(tmp_path / "t.csv", STEP, columns=["metric", "value", "unit", "seq_len", "model"])
+    (row,) = read(path)
+    assert (row.gpus, row.cp, row.mask, row.heads) == (8, 8, "causal", (32, 32))
+    assert row.shape is not None
+    assert row.shape.layers == 32
+
+
+def _scored(value: float, predicted: float | None, **changes: str) -> Scored:
+    entry = ATTENTION | {"value": str(value)} | changes
+    return Scored(_parsed(entry), predicted, "" if predicted else "why")
+
+
+def _parsed(entry: dict[str, str]) -> Published:
+    return parse_row(2, entry)
+
+
+def test_scores_of_hand_made_predictions():
+    found = [
+        _scored(100, 110, method="a"),
+        _scored(200, 180, method="b"),
+        _scored(204, 170, method="c"),  # within 5 % of b: no pair; b is chosen, within 5 % of it
+        _scored(50, 60, method="d", mask="full"),
+        _scored(40, None, method="e", mask="full"),
+    ]
+    result = score(found)
+    group = result["groups"]["attention: dense"]
+    assert (group["rows"], group["predicted"]) == (5, 4)
+    errors = np.array([0.1, 0.1, 1 - 170 / 204, 0.2])
+    assert group["median"] == pytest.approx(np.median(errors))
+    ranking = result["ranking"]["all, differ only in method"]
+    assert (ranking["pairs"], ranking["ranked_right"]) == (2, 1.0)
+    assert (ranking["choices"], ranking["near_best"]) == (1, 1.0)
+    worse = score([_scored(100, 190, method="a"), _scored(200, 180, method="b")])["ranking"]
+    assert worse["all, same setting"]["ranked_right"] == 0.0
+    assert worse["all, same setting"]["near_best"] == 0.0
+    times = {"metric": "fwd_time", "unit": "s"}
+    fast = score([_scored(1, 1, method="a", **times), _scored(2, 3, method="b", **times)])
+    assert fast["ranking"]["all, same setting"]["ranked_right"] == 1.0
+
+
+def test_verdicts_near_and_far_from_the_limit():
+    oom = {"metric": "oom", "unit": "verdict"} | {k: v for k, v in STEP.items() if k == "model"}
+    entry = STEP | oom
+    found = [
+        Scored(_parsed(entry | {"value": "OOM"}), 1.05),
+        Scored(_parsed(entry | {"value": "OOM"}), 0.5),
+        Scored(_parsed(entry | {"value": "fits"}), 0.6),
+    ]
+    result = score(found)["verdicts"]
+    assert result["out of memory"]["right"] == 0.5
+    assert result["all"]["right"] == pytest.approx(2 / 3)
+    assert (result["all"]["far_rows"], result["all"]["far_right"]) == (2, 0.5)
