@@ -374,5 +374,5 @@ def test_a_fault_names_rank_and_step(corpus: Path, tmp_path: Path) -> None:
     os.kill(stopped, signal.SIGKILL)
     code, _, _ = finish(process)
     assert code in (1, 128 + signal.SIGKILL)
-    assert re.match(r"ringattn: rank \d on host \S+ \(pid \d+\) at step \d+, training", report[0])
+    assert re.match(r"ringattn: rank \d on host \S+ \(pid \d+\) at step \d+, ", report[0])
     assert re.match(r"ringattn: rank \d .* at step \d+, .* did not answer", report[1])
