@@ -375,4 +375,5 @@ def test_a_fault_names_rank_and_step(corpus: Path, tmp_path: Path) -> None:
     code, _, _ = finish(process)
     assert code in (1, 128 + signal.SIGKILL)
     assert re.match(r"ringattn: rank \d on host \S+ \(pid \d+\) at step \d+, ", report[0])
-    assert re.match(r"ringattn: rank \d .* at step \d+, .* did not answer", report[1])
+    # Where it was last heard of may be a moment before the step.
+    assert re.match(r"ringattn: rank \d on host \S+ .* did not answer", report[1])
