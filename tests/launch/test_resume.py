@@ -55,6 +55,7 @@ def comparable(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [tuple(line[k] for k in ("step", "loss", "tokens", "grad_norm", "lr")) for line in lines]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_bitwise_equal(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

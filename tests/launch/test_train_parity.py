@@ -121,6 +121,7 @@ def test_bfloat16_learns(corpus: Path, one_rank: list[dict[str, Any]], tmp_path:
     assert got[-1]["loss"] < got[0]["loss"] - 0.5
 
 
+@pytest.mark.full
 def test_command_and_torchrun_agree_bitwise(
     corpus: Path, one_rank: list[dict[str, Any]], tmp_path: Path
 ) -> None:
