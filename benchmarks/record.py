@@ -26,6 +26,7 @@ import numpy
 import torch
 
 from ringattn.errors import UserError
+from ringattn.parallel.host import cpu_name
 
 STATUSES = ("ok", "refused", "error")
 
@@ -198,7 +199,7 @@ def hardware() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in GiB; GPU name (None without) and count."""
     cuda = torch.cuda.is_available()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name(0) if cuda else None,
@@ -256,15 +257,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

@@ -1,9 +1,12 @@
-"""The processes of a soak and what they hold, read from /proc (Linux)."""
+"""The processes of a run and what they hold, read from /proc (Linux)."""
 
 import os
+import re
 from pathlib import Path
 
 from ringattn.benchmarks.soak_report import Sample
+
+_RANK = re.compile(rb"ringattn\.launch|spawn_main")  # started by torchrun, or by the command
 
 
 def children(pid: int) -> list[int]:
@@ -25,11 +28,19 @@ def ranks_of(launcher: int) -> list[int]:
     found = []
     for pid in children(launcher):
         try:
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if _RANK.search(Path(f"/proc/{pid}/cmdline").read_bytes()):
                 found.append(pid)
         except OSError:
             continue
     return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def look_at(pid: int, role: str, seconds: float) -> Sample | None:

@@ -11,7 +11,7 @@ import torch
 from torch.cuda import nccl
 
 from ringattn.launch.session import Session
-from ringattn.parallel.host import describe_host
+from ringattn.parallel.host import cpu_name, describe_host
 from ringattn.parallel.topology import ranks_per_node
 
 PACKAGES = (
@@ -91,10 +91,9 @@ def _text() -> str:
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Name, memory in GiB, multiprocessors (on a CPU: threads of the rank), compute capability."""
     if device.type != "cuda":
-        name = platform.processor() or platform.machine()
         return {
             "type": "cpu",
-            "name": _cpu_name() or name,
+            "name": cpu_name(),
             "memory_gib": round(_host_bytes() / _GIB, 1),
             "cores": torch.get_num_threads(),
             "capability": "",
@@ -140,11 +139,3 @@ def _host_bytes() -> int:
         return int(_MEMORY.read_text().split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        return ""
-    return found[1].strip() if found else ""

@@ -4,11 +4,13 @@ Every rank of a job often fails at once, with the same error or as a consequence
 one reports; see `ringattn.launch.monitor`.
 """
 
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ringattn.errors import UserError
 
@@ -74,11 +76,11 @@ def run_reporting(body: Callable[[], None], report: Callable[[Failure], int] | N
 
 
 def describe_fault(error: Exception) -> Failure:
-    """A fault with its traceback; notes on the error, such as its step, lead the line."""
-    notes = getattr(error, "__notes__", [])
+    """A fault with its traceback."""
     first = (str(error).splitlines() or [""])[0]
-    line = ": ".join([*notes, type(error).__name__, first])
-    return Failure(EXIT_FAULT, line, "".join(traceback.format_exception(error)))
+    return Failure(
+        EXIT_FAULT, f"{type(error).__name__}: {first}", "".join(traceback.format_exception(error))
+    )
 
 
 def print_failure(failure: Failure) -> int:
@@ -86,3 +88,10 @@ def print_failure(failure: Failure) -> int:
     if failure.line:
         report_text(f"{failure.trace}ringattn: {failure.line}\n")
     return failure.code
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process at once: threads that wait for other ranks would hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

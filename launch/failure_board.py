@@ -8,6 +8,7 @@ ringattn/reported      the report is out: everybody may go
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -81,9 +82,7 @@ class FailureBoard:
     def collect_stacks(self, seconds: float) -> dict[int, str]:
         """Stacks of the other ranks, as many as come in time."""
         keys = {r: f"ringattn/stack/{r}" for r in range(self._world) if r != self._rank}
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._store.check(list(keys.values())):
-            time.sleep(_POLL_S)
+        _wait_until(lambda: self._store.check(list(keys.values())), time.monotonic() + seconds)
         there = [rank for rank, key in keys.items() if self._store.check([key])]
         texts = self._store.multi_get([keys[rank] for rank in there]) if there else []
         return {rank: text.decode() for rank, text in zip(there, texts, strict=True)}
@@ -94,19 +93,24 @@ class FailureBoard:
 
     def wait_reported(self, seconds: float) -> bool:
         """Waits until the report is out, at most so long; returns whether it is."""
-        end = time.monotonic() + seconds
-        while not self._store.check([_REPORTED]):
-            if time.monotonic() > end:
-                return False
-            time.sleep(_POLL_S)
-        return True
+        return _wait_until(lambda: self._store.check([_REPORTED]), time.monotonic() + seconds)
 
     def wait_done(self, seconds: float) -> None:
         """Waits until every other rank has finished in order, at most so long."""
         end = time.monotonic() + seconds
         for rank in range(self._world):
-            while rank != self._rank and time.monotonic() < end:
-                beat = self.beat_of(rank)
-                if beat is not None and beat.done:
-                    break
-                time.sleep(_POLL_S)
+            if rank != self._rank:
+                _wait_until(lambda of=rank: self._is_done(of), end)
+
+    def _is_done(self, rank: int) -> bool:
+        beat = self.beat_of(rank)
+        return beat is not None and beat.done
+
+
+def _wait_until(reached: Callable[[], bool], end: float) -> bool:
+    """Polls until a time of `time.monotonic`; returns whether it was reached."""
+    while not reached():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_S)
+    return True

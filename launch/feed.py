@@ -70,15 +70,13 @@ def open_loader(
     windows: Sequence[int | None],
     deal: Deal[LayerPlans] | None = None,
     recompute: float | None = None,
-    *,
-    keep_errors: bool = False,
 ) -> Loader[LayerPlans]:
     """Reads the packs of `steps` in a thread and plans each one's document-causal attention.
 
     Planning is host work without communication. `windows` are those of the layers; `deal` spreads
     a step's packs in another way than over dp ranks (`ringattn.launch.degree_feed`). With
     `recompute`, the share of the attention forward that may be computed again, plans of the rows
-    that are cheap are made as well. `keep_errors`: see `Loader`.
+    that are cheap are made as well. Steps that cannot be read are handed out with their error.
     """
     make = plan_maker(cp, windows)
 
@@ -97,7 +95,7 @@ def open_loader(
         stop_step=steps.stop,
         deal=deal
         and (lambda *packs: [(starts, complete(plans)) for starts, plans in deal(*packs)]),
-        keep_errors=keep_errors,
+        keep_errors=True,
     )
 
 

@@ -9,7 +9,6 @@ stuck in a collective.
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ringattn.launch.events import EventLog
-from ringattn.launch.failure import EXIT_FAULT, Failure, print_failure, report_text
+from ringattn.launch.failure import (
+    EXIT_FAULT,
+    Failure,
+    end_process,
+    print_failure,
+    report_text,
+)
 from ringattn.launch.failure_board import Beat, FailureBoard, First
 from ringattn.launch.failure_report import compose_report, name_rank, write_report
 from ringattn.launch.ranks import Ranks
@@ -122,7 +127,7 @@ class Monitor:
                 ticks, since = self._where.ticks, now
             if now - self._failed > _GRACE_S:
                 self._print({}, {})
-                self._leave()
+                end_process(self._code)
             elif now - since > self._timeout + _MARGIN_S:
                 self._end(f"no progress for {self._timeout:g} s")
             elif now - self._reached > self._timeout + _MARGIN_S:
@@ -139,7 +144,7 @@ class Monitor:
 
         def leave() -> None:
             self._settled.wait()
-            self._leave()
+            end_process(self._code)
 
         if self._fail(Failure(EXIT_FAULT, line)):
             _start(leave, "leave")
@@ -199,12 +204,6 @@ class Monitor:
     def _beat(self, *, done: bool = False) -> Beat:
         self._beats += 1
         return Beat(self._beats, self._host, os.getpid(), str(self._where), done)
-
-    def _leave(self) -> None:
-        """Ends the process, whatever its main thread waits for."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(self._code)
 
 
 def _start(body: Callable[[], None], name: str) -> None:

@@ -16,7 +16,7 @@ from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config
 from ringattn.launch.control import StopRequest, heeding_signals
 from ringattn.launch.elastic import describe_fit, fit_to_world
-from ringattn.launch.failure import Failure, print_failure, run_reporting
+from ringattn.launch.failure import Failure, end_process, print_failure, run_reporting
 from ringattn.launch.job import open_job, prepare_corpus
 from ringattn.launch.launchers import Launcher, discover_ranks
 from ringattn.launch.local_ranks import start_local_ranks
@@ -157,7 +157,7 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
     with heeding_signals() if preemptible else nullcontext(StopRequest()) as request:
         code = run_reporting(body, report)
     if code and ranks.world > 1:
-        _leave(code)
+        end_process(code)
     return code
 
 
@@ -171,10 +171,3 @@ def _report_alone(failure: Failure, ranks: Ranks) -> int:
         time.sleep(_REPORT_GRACE_S)
         return failure.code
     return print_failure(failure)
-
-
-def _leave(code: int) -> None:
-    """Ends a rank at once after a failure: threads that wait for peers would hold it up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

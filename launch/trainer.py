@@ -166,7 +166,6 @@ class Trainer:
             self.job.shape.windows,
             self.degrees and self.degrees.deal,
             self.config.memory.recomputed,
-            keep_errors=True,
         )
 
     def _roll_back(self, bad: RollBack) -> None:
@@ -256,12 +255,10 @@ class Trainer:
 
         Where that ends the run, the state before the step is saved.
         """
-        rate, end = (
-            learning_rate(self.config.train, batch.step),
-            self.batches.position(batch.step + 1),
-        )
+        step, rate = batch.step + 1, learning_rate(self.config.train, batch.step)
+        end = self.batches.position(step)
         try:
-            return self.faults.leave_out(batch.step + 1, batch.error, end, rate=rate, began=began)
+            return self.faults.leave_out(step, batch.error, end, rate=rate, began=began)
         except UserError:
             self._save_early(batch.step)
             raise

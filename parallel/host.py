@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import platform
+import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +84,16 @@ def host_key() -> str:
         return f"{socket.gethostname()} {boot.read_text(encoding='utf-8').strip()} {network}"
     except OSError:
         return socket.gethostname()
+
+
+def cpu_name() -> str:
+    """The processor's model; what Python knows of it where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def usable_cpus() -> frozenset[int]:

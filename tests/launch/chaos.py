@@ -17,20 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ringattn.launch.checkpoint import find_checkpoints, load_tensors, read_state
-from ringattn.launch.checkpoint_reader import SafeReader
+from ringattn.benchmarks.soak_processes import alive, children, ranks_of
+from ringattn.launch.checkpoint import find_checkpoints, read_state
 from ringattn.launch.metrics import METRICS_FILE, read_lines
+from tests.launch.checkpoints import comparable, stored_tensors
 from tests.launch.training import command
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-KEYS = ("step", "loss", "tokens", "grad_norm", "lr")  # of a metrics line; the rest are times
 STALL_S = 120.0  # longest wait for the next kill's moment, or for the end
 POLL_S = 0.001
-_RANK = re.compile(rb"ringattn\.launch|spawn_main")
 _STEP = re.compile(r"step (\d+)/")
 
 
@@ -105,49 +103,10 @@ def draw_kills(seed: int, count: int) -> list[Kill]:
     return [Kill(aims[i % len(aims)], job=rng.random() < 0.25) for i in range(count)]
 
 
-def children(pid: int) -> list[int]:
-    """Processes that live and have this parent (Linux)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            except (OSError, ValueError):
-                continue
-            if int(parent) == pid and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
 def descendants(pid: int) -> list[int]:
     """Children, their children and so on."""
     direct = children(pid)
     return direct + [below for child in direct for below in descendants(child)]
-
-
-def rank_processes(launcher: int) -> list[int]:
-    """The ranks that a launcher started."""
-    found = []
-    for pid in children(launcher):
-        try:
-            if _RANK.search(Path(f"/proc/{pid}/cmdline").read_bytes()):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
-
-
-def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds."""
-    entries: dict[str, Any] = SafeReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(e.size, dtype=e.properties.dtype) for k, e in entries.items()}
-    load_tensors(checkpoint, tensors, alone=True)
-    return tensors
-
-
-def comparable(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What must be equal bit by bit."""
-    return [tuple(line[key] for key in KEYS) for line in lines]
 
 
 def same_tensors(a: Path, b: Path) -> bool:
@@ -203,7 +162,7 @@ class Chaos:
         )
 
     def _ranks(self) -> list[int]:
-        found = rank_processes(self.process.pid)
+        found = ranks_of(self.process.pid)
         return found if len(found) >= self.world else []
 
     def _wait_for(self, kill: Kill) -> None:
@@ -233,7 +192,7 @@ class Chaos:
             except ProcessLookupError:
                 continue
         self.process.wait()
-        self._until(lambda: not any(_alive(pid) for pid in everyone), "their end", ends=True)
+        self._until(lambda: not any(alive(pid) for pid in everyone), "their end", ends=True)
 
     def _step(self) -> int:
         lines = read_lines(self.run_dir / METRICS_FILE)
@@ -269,13 +228,6 @@ class Chaos:
 
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def assert_same_run(run_dir: Path, reference: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from ringattn.errors import UserError
+from ringattn.launch.checkpoint import load_tensors
 from ringattn.launch.checkpoint_choice import choose_checkpoints
 from ringattn.launch.checkpoint_files import find_problems
+from ringattn.launch.checkpoint_reader import SafeReader
 from ringattn.launch.checkpoint_state import (
     FORMAT_VERSION,
     STATE_FILE,
@@ -35,6 +37,19 @@ from ringattn.launch.trainer import Trainer
 from tests.ranks import run_ranks
 
 IDENTITY = {"seed": 1}
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds."""
+    entries: dict[str, Any] = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(e.size, dtype=e.properties.dtype) for k, e in entries.items()}
+    load_tensors(checkpoint, tensors, alone=True)
+    return tensors
+
+
+def comparable(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What must be equal bit by bit: everything but times."""
+    return [tuple(line[k] for k in ("step", "loss", "tokens", "grad_norm", "lr")) for line in lines]
 
 
 def state_of(step: int, run_id: str = "a", **changes: Any) -> CheckpointState:

@@ -18,15 +18,16 @@ from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.peers import ALONE
 from tests.launch.checkpoints import (
     DAMAGES,
+    comparable,
     problems_of,
     reseal,
     rewrite_state,
     save,
     sound_checkpoints,
+    stored_tensors,
     tensors_of,
     train_outcomes,
 )
-from tests.launch.test_resume import comparable, stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

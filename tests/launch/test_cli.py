@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ringattn.benchmarks.soak_processes import alive, ranks_of
 from ringattn.launch.config_load import config_from_values, load_config
 from ringattn.launch.main import main
 from ringattn.launch.metrics import METRICS_FILE, read_lines
@@ -291,13 +292,13 @@ def test_an_interrupt_ends_every_rank(corpus: Path, tmp_path: Path) -> None:
     process = command("train", str(write_config(tmp_path / "config.yaml", values)))
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("step 2/"))
-    ranks = _ranks_of(process.pid)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGINT
     assert "stopped by SIGINT" in one_line(err)
-    assert not any(_alive(rank) for rank in ranks)
+    assert not any(alive(rank) for rank in ranks)
 
 
 def test_a_killed_rank_ends_the_others(corpus: Path, tmp_path: Path) -> None:
@@ -307,40 +308,12 @@ def test_a_killed_rank_ends_the_others(corpus: Path, tmp_path: Path) -> None:
     process = command("train", str(write_config(tmp_path / "config.yaml", values)))
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("step 2/"))
-    ranks = _ranks_of(process.pid)
+    ranks = ranks_of(process.pid)
     os.kill(ranks[-1], signal.SIGKILL)
     code, _, err = finish(process)
     assert code in (1, 128 + signal.SIGKILL)
     assert "ringattn: rank " in err
-    assert not any(_alive(rank) for rank in ranks)
-
-
-def _ranks_of(pid: int) -> list[int]:
-    """Processes that a command started as ranks."""
-    ranks = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and _parent(int(entry.name)) == pid:
-            command_line = (entry / "cmdline").read_bytes()
-            ranks += [int(entry.name)] * (b"spawn_main" in command_line)
-    return sorted(ranks)
-
-
-def _status(pid: int) -> list[str]:
-    """State, parent, ... of a process; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _parent(pid: int) -> int | None:
-    status = _status(pid)
-    return int(status[1]) if status else None
-
-
-def _alive(pid: int) -> bool:
-    status = _status(pid)
-    return bool(status) and status[0] != "Z"
+    assert not any(alive(rank) for rank in ranks)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -367,7 +340,7 @@ def test_a_fault_names_rank_and_step(corpus: Path, tmp_path: Path) -> None:
     process = command("train", str(write_config(tmp_path / "config.yaml", values)))
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("step 2/"))
-    stopped = _ranks_of(process.pid)[1]
+    stopped = ranks_of(process.pid)[1]
     os.kill(stopped, signal.SIGSTOP)
     report = [next(line for line in process.stderr if line.startswith("ringattn: "))]
     report.append(next(process.stderr))

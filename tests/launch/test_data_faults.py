@@ -19,8 +19,8 @@ from ringattn.launch.packing import Pack, PackedDataset
 from ringattn.launch.trainer import Trainer
 from ringattn.parallel.lines import gather_lines
 from tests.launch import training
+from tests.launch.checkpoints import stored_tensors
 from tests.launch.test_guard import comparable
-from tests.launch.test_resume import stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 from tests.ranks import run_ranks
 

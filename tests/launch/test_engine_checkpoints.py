@@ -19,8 +19,8 @@ from ringattn.launch.sample_run import sample_run
 from ringattn.launch.saver import Restored, Saver
 from ringattn.parallel.mesh import build_mesh
 from ringattn.parallel.rows import as_sharded, empty_rows, rows_of
+from tests.launch.checkpoints import comparable, stored_tensors
 from tests.launch.engines import ENGINES, SHARDED
-from tests.launch.test_resume import comparable, stored_tensors
 from tests.launch.training import (
     assert_parity,
     run_command,

@@ -27,8 +27,8 @@ from ringattn.launch.guard import Guard, RollBack
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.optimizer import set_learning_rate
 from ringattn.parallel.grads import GradientBuckets, exact_norm
+from tests.launch.checkpoints import stored_tensors
 from tests.launch.engines import ENGINES, OFFLOADS
-from tests.launch.test_resume import stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
 # The first run in a pool of ranks imports DeepSpeed.

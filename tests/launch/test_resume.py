@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ringattn.launch.checkpoint import find_checkpoints, load_tensors, read_state
-from ringattn.launch.checkpoint_reader import SafeReader
+from ringattn.launch.checkpoint import find_checkpoints, read_state
 from ringattn.launch.metrics import METRICS_FILE, read_lines
+from tests.launch.checkpoints import comparable, stored_tensors
 from tests.launch.training import (
     assert_parity,
     command,
@@ -40,19 +40,6 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_values(corpus, run_dir, parallel__cp=2, checkpoint__every=5, checkpoint__keep=0)
     )
     return run_dir
-
-
-def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds."""
-    entries: dict[str, Any] = SafeReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(e.size, dtype=e.properties.dtype) for k, e in entries.items()}
-    load_tensors(checkpoint, tensors, alone=True)
-    return tensors
-
-
-def comparable(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What must be equal bit by bit: everything but times."""
-    return [tuple(line[k] for k in ("step", "loss", "tokens", "grad_norm", "lr")) for line in lines]
 
 
 @pytest.mark.full

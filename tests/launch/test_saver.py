@@ -26,9 +26,8 @@ from ringattn.launch.snapshot import Snapshot, own_bytes, own_rows
 from ringattn.launch.trainer import Trainer
 from ringattn.parallel.host_memory import HostCopies
 from ringattn.parallel.mesh import build_mesh
-from tests.launch.checkpoints import train_outcomes
+from tests.launch.checkpoints import comparable, stored_tensors, train_outcomes
 from tests.launch.engines import ENGINES
-from tests.launch.test_resume import comparable, stored_tensors
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
 

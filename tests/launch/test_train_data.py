@@ -13,8 +13,8 @@ from ringattn.launch.config_load import config_from_values, dump_config, load_co
 from ringattn.launch.job import open_job
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.prepare import prepare
+from tests.launch.checkpoints import comparable, stored_tensors
 from tests.launch.corpora import random_texts, write_jsonl
-from tests.launch.test_resume import comparable, stored_tensors
 from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 
 CURRICULUM = [[0, 96], [3, 160], [5, 224]]
