@@ -5,7 +5,8 @@
     recorder.refused("attention", "causal-16k-fp8", "ms", "dtype fp8: no kernel computes it")
 
 Fields: name, case, value, unit, spread, status (ok, refused, error), reason, hardware, versions,
-commit, config. No host names and no personal paths: they are taken out of reasons and configs.
+commit, config, figures. No host names and no personal paths: they are taken out of reasons and
+configs.
 """
 
 import importlib.metadata
@@ -47,6 +48,7 @@ class Record:
         versions: see `versions`.
         commit: see `commit`.
         config: every parameter of the case, JSON values only.
+        figures: further figures of the same run by name with their unit, such as ``wire_bytes``.
 
     Raises UserError for a field that breaks these rules.
     """
@@ -62,6 +64,7 @@ class Record:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     commit: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -79,8 +82,8 @@ class Record:
                 "ok has a value and no reason, refused and error have a reason and no value",
                 "give what the status asks for",
             )
-        for key in ("value", "spread"):
-            number = getattr(self, key)
+        numbers = {"value": self.value, "spread": self.spread} | dict(self.figures)
+        for key, number in numbers.items():
             if number is not None and not math.isfinite(number):
                 raise UserError(f"{key}={number}", "must be finite", "record an error instead")
 
@@ -127,11 +130,13 @@ class Recorder:
         *,
         spread: float | None = None,
         config: Mapping[str, Any] | None = None,
+        figures: Mapping[str, float | None] | None = None,
     ) -> Record:
         """Records a figure."""
         return self._write(
-            name=name, case=case, value=value, unit=unit, spread=spread, config=config or {}
-        )
+            name=name, case=case, value=value, unit=unit, spread=spread, config=config or {},
+            figures=figures or {},
+        )  # fmt: skip
 
     def refused(
         self, name: str, case: str, unit: str, reason: str, config: Mapping[str, Any] | None = None
