@@ -220,9 +220,12 @@ def memory_named(hardware: str) -> float:
 
 
 def _int(text: Any, default: int) -> int:
+    """A whole number, also with K or M for powers of 1,024; the default where there is none."""
+    plain = str(text).replace(",", "").strip().lower()
+    factor = {"k": 2**10, "m": 2**20}.get(plain[-1:], 1)
     try:
-        return int(float(str(text).replace(",", ""))) or default
-    except ValueError:
+        return int(float(plain.rstrip("km")) * factor) or default
+    except (ValueError, OverflowError):
         return int(default)
 
 
