@@ -125,7 +125,7 @@ def test_verdicts_near_and_far_from_the_limit():
 def test_names_and_cells_that_nobody_knows_are_predicted(tmp_path, capsys, seed):
     rng = np.random.default_rng(seed)
     cells = {
-        "hardware": ["H200-141GB", "H800", "RTX 4090", "A100-40GB PCIe", "MI300X", "GB200", "", "?"],
+        "hardware": ["H200-141GB", "H800", "RTX 4090", "A100-40GB PCIe", "MI300X", "GB200", "?"],
         "gpus": ["1", "2", "6", "16", "24", "", "many"],
         "gpus_per_node": ["8", "4", "", "0"],
         "heads_q": ["64", "12", ""],
