@@ -1,9 +1,10 @@
 """What rows of one kind share that the model does not say: small factors on speed, by name.
 
 An effect is a word or several that rows have in common ("method=ring mask=causal"), with a weight;
-its value is the logarithm of a factor on the row's speed, or on its memory. Values are drawn to
-zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known effects get the
-model's own figure.
+its value times the weight is the logarithm of a factor on the row's speed, or on its memory. Values
+are drawn to zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known
+effects get the model's own figure. What rows differ in stands in the weight, never in the spread:
+an effect has one value, whoever shares it.
 """
 
 import math
