@@ -103,13 +103,12 @@ def _all_to_all_single_received(
     output: torch.Tensor,
     input: torch.Tensor,
     output_split_sizes: Sequence[int] | None = None,
-    *args: Any,
+    input_split_sizes: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> int:
-    del args
     # The same count with the ends swapped.
     return _all_to_all_single(
-        rank, world, input, output, kwargs.get("input_split_sizes"), output_split_sizes
+        rank, world, input, output, input_split_sizes, output_split_sizes, **kwargs
     )
 
 

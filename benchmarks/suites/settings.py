@@ -49,6 +49,7 @@ class Common:
         warm_up: untimed runs. The first one, which is checked, always is.
         least, most: timed rounds: at least, and at most while the median is not sure.
         precision: half of the 95 % interval of a median, as a share, at which it counts as sure.
+        flush: whether caches are emptied before each timed pass.
         timeout_s: seconds that a request to the ranks may take: one cell is lost after it.
         threads: CPU threads of a rank.
         reference: longest sequence whose results are held against a whole float64 reference;
@@ -72,6 +73,7 @@ class Common:
     least: int = 1
     most: int = 1
     precision: float = 0.01
+    flush: bool = True
     timeout_s: float = 120.0
     threads: int = 1
     reference: int = 2048
