@@ -87,12 +87,11 @@ class LocalRanks:
 
     def _start(self, world: int) -> None:
         self._lives[world] = self.lives(world) + 1
-        direct = self._gpus >= world
         pool = RankPool(
             world,
             self._threads,
+            "cuda" if self._gpus >= world else "cpu",  # else they share GPUs, over gloo
             serve,
-            "cpu:gloo,cuda:nccl" if direct else "gloo",
             timedelta(seconds=max(self._timeout, START_S)),
         )
         self._pools[world] = self._stack.enter_context(pool)
