@@ -53,7 +53,7 @@ class Share:
         layout, method: what was chosen. note: how it is computed.
         planned: bytes that this rank is to receive, by pass; None where nobody knows.
         counted: whether the wire count sees what is sent.
-        before: called before a traced run.
+        before: called before the first run; may communicate.
     """
 
     positions: np.ndarray
@@ -150,9 +150,12 @@ class Worker:
 
             return out.detach(), lse.detach(), backward
 
-        def fresh() -> None:
+        def begin() -> None:
+            # A plan's first run compares it over the group and opens what it uses.
+            context, fabric = plan.context, plan.context.fabric(self.device)
+            context.agreements.ensure(plan.digest, fabric)
             # A run's memory is otherwise that of the largest plan so far.
-            plan.context.arena = Arena()
+            context.arena = Arena()
 
         return Share(
             plan.layout.positions(self.rank),
@@ -161,7 +164,7 @@ class Worker:
             plan.layout.name,
             plan.method,
             planned={d: plan.bytes(self.rank, d) for d in PASSES},
-            before=fresh,
+            before=begin,
         )
 
     def _plan(self, problem: Problem, entrant: Entrant) -> Plan:
