@@ -1,0 +1,195 @@
+"""The head of the page: what ran, where, with what, and the commands that repeat it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ringattn.benchmarks.report import units
+from ringattn.benchmarks.report.cells import OWN, SUITES, Cell
+from ringattn.benchmarks.report.load import Loaded
+from ringattn.benchmarks.report.markup import Html, bullets, element, joined, paragraph
+from ringattn.benchmarks.report.points import groups_of, median
+from ringattn.benchmarks.report.tables import list_limited, scrolled
+
+MOST_COMMANDS, MOST_MACHINES = 60, 40
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """Where figures come from, in honest words: CPU, one GPU, several, simulated."""
+    found = []
+    for cell in cells:
+        if cell.simulated:
+            found.append("simulated")
+            continue
+        hardware = cell.record.hardware
+        count = hardware.get("gpus") if isinstance(hardware.get("gpus"), int) else 0
+        on_cpu = not hardware.get("gpu") or cell.text("device").startswith("cpu")
+        gpus = "one GPU" if count == 1 else f"{count} GPUs"
+        found.append("measured on CPU" if on_cpu else f"measured on {gpus}")
+    return [name for name, _ in Counter(found).most_common()]
+
+
+def summary(loaded: Loaded, cells: Sequence[Cell]) -> Html:
+    """Tiles with counts, and a line of what is honest to say about them."""
+    counts = Counter(cell.record.status for cell in cells)
+    masks = {c.mask for c in cells if c.suite in SUITES and c.text("mask")}
+    methods = {c.text("method") for c in cells if c.suite in SUITES and c.text("method")}
+    contenders = {c.contender for c in cells if c.suite in SUITES}
+    tiles = [
+        ("records", len(cells)), ("figures", counts["ok"]), ("refused", counts["refused"]),
+        ("errors", counts["error"]), ("masks", len(masks)), ("methods", len(methods)),
+        ("contenders", len(contenders)),
+    ]  # fmt: skip
+    shown = [
+        element("li", element("b", units.count(number)), element("span", name))
+        for name, number in tiles
+        if number or name in ("refused", "errors")
+    ]
+    tags = [
+        element("span", name, class_="tag " + ("simulated" if name == "simulated" else "measured"))
+        for name in labels(cells)
+    ]
+    note = None
+    if loaded.replaced:
+        text = f"{loaded.replaced:,} records were left out: later ones hold the same cases."
+        note = paragraph(text, class_="note")
+    return joined(
+        element("p", *[part for tag in tags for part in (tag, " ")], class_="tags"),
+        element("ul", *shown, class_="tiles"), note,
+    )  # fmt: skip
+
+
+def findings(cells: Sequence[Cell]) -> Html:
+    """What the figures say, in a few sentences."""
+    lines: list[object] = []
+    for suite in ("kernels", "methods", "masks"):
+        for group in groups_of(suite, [c for c in cells if c.suite == suite])[:2]:
+            lines += _winners(suite, group)
+    lines += _error(cells)
+    return joined(element("h2", "What it says", id="findings"), bullets(lines)) if lines else Html()
+
+
+def _winners(suite: str, group: Any) -> list[object]:
+    """How often each variant is the fastest, at the most ranks."""
+    direction, ranks = group.directions[0], group.ranks[-1]
+    if len(group.variants) < 2:
+        return []
+    wins: Counter[str] = Counter()
+    gaps = []
+    for mask in group.masks:
+        row = [group.best(mask, variant, ranks, direction) for variant in group.variants]
+        row = [p for p in row if p is not None and p.value]
+        if len(row) < 2:
+            continue
+        best = row[0]
+        for point in row[1:]:
+            best = point if group.better(point, best) else best
+        wins[best.variant] += 1
+        ours = [p for p in row if p.cells[0].contender == OWN]
+        others = [p for p in row if p.cells[0].contender != OWN]
+        if suite == "masks" and ours and others:
+            mine = _best(group, ours)
+            theirs = _best(group, others)
+            less = units.less_is_better(group.unit)
+            gaps.append(theirs / mine if less else mine / theirs)
+    if not wins:
+        return []
+    total = sum(wins.values())
+    most = ", ".join(f"{name} on {count}" for name, count in wins.most_common(4))
+    where = f", {ranks} ranks" if ranks > 1 else ""
+    sim = ", simulated" if group.simulated else ""
+    line: list[object] = [
+        element("b", f"{suite.capitalize()}: "),
+        f"the fastest of {len(group.variants)} by mask ({direction}{where}{sim}): ",
+        f"{most} of {total}",
+    ]
+    if gaps:
+        line.append(
+            f"; {OWN} is {units.number(median(gaps) or 0)} × as fast as the best other in the "
+            f"median, {units.number(min(gaps))} × at worst"
+        )
+    setting = element("small", f" {group.title}")
+    return [joined(*line, ".", setting)]
+
+
+def _best(group: Any, points: Sequence[Any]) -> float:
+    values = [point.value for point in points]
+    return min(values) if units.less_is_better(group.unit) else max(values)
+
+
+def _error(cells: Sequence[Cell]) -> list[object]:
+    """The largest error of each dtype."""
+    worst: dict[str, tuple[float, str]] = {}
+    for cell in cells:
+        found = cell.worst_error if cell.ok else None
+        if found is not None:
+            dtype = cell.text("dtype") or "unnamed dtype"
+            worst[dtype] = max(worst.get(dtype, (0.0, "")), (found[1], found[0]))
+    if not worst:
+        return []
+    text = "; ".join(f"{units.number(v)} in {d} ({n})" for d, (v, n) in sorted(worst.items()))
+    return [joined(element("b", "Errors: "), f"largest relative error against float64: {text}.")]
+
+
+def machines(loaded: Loaded) -> Html:
+    """Hardware, versions and commits, with the benchmarks that ran there, and the files."""
+    found: dict[tuple[str, str, str], Counter[str]] = {}
+    for record in loaded.records:
+        key = (_hardware(record.hardware), _versions(record.versions), _commit(record.commit))
+        found.setdefault(key, Counter())[record.name] += 1
+    rows = [
+        element(
+            "tr", element("td", where), element("td", what),
+            element("td", element("code", commit) if commit != "none" else commit),
+            element("td", ", ".join(f"{name} ({n:,})" for name, n in sorted(names.items()))),
+        )
+        for (where, what, commit), names in list(found.items())[:MOST_MACHINES]
+    ]  # fmt: skip
+    heads = ("hardware", "versions", "commit", "benchmarks (records)")
+    head = element("tr", *[element("th", name, scope="col") for name in heads])
+    left = len(found) - MOST_MACHINES
+    note = paragraph(f"{left} more are in the files.", class_="note") if left > 0 else None
+    whole = element("table", element("thead", head), element("tbody", *rows), class_="figures")
+    files = [f"{name} ({number:,})" for name, number in loaded.files]
+    return joined(
+        scrolled(whole), note,
+        paragraph("Read from: ", list_limited(files, 60), class_="note"),
+    )  # fmt: skip
+
+
+def _hardware(values: Mapping[str, Any]) -> str:
+    parts = [str(values.get("cpu") or "unknown CPU")]
+    if values.get("cores"):
+        parts.append(f"{values['cores']} cores")
+    if values.get("memory_gib"):
+        parts.append(f"{values['memory_gib']} GiB")
+    gpu = f"{values.get('gpus') or 1} × {values['gpu']}" if values.get("gpu") else "no GPU"
+    return ", ".join([*parts, gpu])
+
+
+def _versions(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value)
+
+
+def _commit(commit: str | None) -> str:
+    if not commit:
+        return "none"
+    name, _, dirty = str(commit).partition("-")
+    return name[:12] + (" with changes" if dirty else "")
+
+
+def commands(cells: Sequence[Cell]) -> Html:
+    """The commands that repeat the runs."""
+    found = Counter(cell.text("command") for cell in cells if cell.text("command"))
+    if not found:
+        return paragraph(
+            "These records name no commands; see the benchmarks' README for the scripts: ",
+            list_limited(list(dict.fromkeys(cell.record.name for cell in cells)), 40), ".",
+        )  # fmt: skip
+    items = [
+        element("li", element("code", command), element("small", f" {count:,} records"))
+        for command, count in found.most_common(MOST_COMMANDS)
+    ]
+    left = len(found) - MOST_COMMANDS
+    note = paragraph(f"{left:,} more commands are in the files.", class_="note") if left > 0 else None
+    return joined(element("ul", *items, class_="commands"), note)
