@@ -19,7 +19,7 @@ def joined(*parts: object) -> Html:
     return Html("".join(escaped(part) for part in parts if part is not None))
 
 
-def element(name: str, *children: object, **attributes: object) -> Html:
+def element(name: str, /, *children: object, **attributes: object) -> Html:
     """An element with escaped children and attributes.
 
     Args:

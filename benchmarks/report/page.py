@@ -1,0 +1,123 @@
+"""The whole page: head, navigation, sections, and where it is written."""
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ringattn.benchmarks.report.attention import attention_section
+from ringattn.benchmarks.report.cells import SUITES, Cell
+from ringattn.benchmarks.report.load import load
+from ringattn.benchmarks.report.markup import Html, anchor, element, joined, paragraph
+from ringattn.benchmarks.report.older import cell_of
+from ringattn.benchmarks.report.others import other_section, simulated_section
+from ringattn.benchmarks.report.overview import commands, findings, machines, summary
+from ringattn.benchmarks.report.pictures import MOST_PLANS, plans_section
+from ringattn.benchmarks.report.scaling import scaling_section
+from ringattn.benchmarks.report.training import train_section
+from ringattn.errors import UserError
+
+TITLE = "ringattn benchmarks"
+_HEADS = {
+    "kernels": ("Kernels", "Attention of one rank, kernel by kernel."),
+    "methods": ("Methods", "Every method of sharding attention on every mask."),
+    "masks": ("Masks and peers", "Every mask, with other systems side by side in the same run."),
+    "train": ("Training", "Whole training steps on the same model and data."),
+    "scaling": ("Scaling", "How speed changes with the number of ranks or GPUs."),
+    "simulated": ("Simulator beside measurements", "What the simulator predicts of what was run."),
+}
+
+
+def report(
+    paths: Sequence[str | os.PathLike[str]], *, title: str = TITLE, plans: int = MOST_PLANS
+) -> str:
+    """The page of all records, the same for the same records.
+
+    Args:
+        paths: files of records, and folders of such files.
+        title: of the page.
+        plans: most plans that are pictured.
+
+    Raises:
+        UserError: see `ringattn.benchmarks.report.load.load`.
+    """
+    loaded = load(paths)
+    cells = [cell_of(record) for record in loaded.records]
+    sections = [("findings", "What it says", findings(cells))]
+    for suite in dict.fromkeys([*SUITES, *sorted({cell.suite for cell in cells})]):
+        part = [cell for cell in cells if cell.suite == suite]
+        if part:
+            name, content = _section(suite, part)
+            sections.append((anchor(suite), name, content))
+    plans_part = plans_section(cells, plans)
+    if plans_part:
+        sections.append(
+            ("plans", "Plans", joined(element("h2", "Plans", id="plans"), plans_part))
+        )
+    sections.append(_end("commands", "Commands that repeat it", commands(cells)))
+    sections.append(_end("machines", "Hardware and versions", machines(loaded)))
+    shown = [section for section in sections if section[2]]
+    links = [element("li", element("a", name, href=f"#{key}")) for key, name, _ in shown]
+    head = element("header", element("h1", title), summary(loaded, cells))
+    body = joined(
+        element("nav", element("ul", *links), aria_label="Contents"),
+        element("main", head, *[element("section", content) for _, _, content in shown]),
+    )
+    return _document(title, body)
+
+
+def _section(suite: str, cells: Sequence[Cell]) -> tuple[str, Html]:
+    if suite in _HEADS:
+        name, about = _HEADS[suite]
+        make = {
+            "train": train_section, "scaling": scaling_section, "simulated": simulated_section,
+        }.get(suite)  # fmt: skip
+        content = make(cells) if make else attention_section(suite, cells)
+        head = joined(element("h2", name, id=anchor(suite)), paragraph(about, class_="about"))
+    else:
+        name, content = suite.replace("_", " ").replace("-", " ").capitalize(), other_section(cells)
+        head = element("h2", name, id=anchor(suite))
+    return name, joined(head, content)
+
+
+def _end(key: str, name: str, content: Html) -> tuple[str, str, Html]:
+    return key, name, joined(element("h2", name, id=key), content)
+
+
+def _document(title: str, body: Html) -> str:
+    folder = importlib.resources.files("ringattn.benchmarks.report")
+    style, script = (
+        Html((folder / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js")
+    )
+    head = element(
+        "head", element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title), element("style", style),
+    )  # fmt: skip
+    page = element("html", head, element("body", body, element("script", script)), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def write_report(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    title: str = TITLE,
+    plans: int = MOST_PLANS,
+) -> Path:
+    """Writes the page; see `report`.
+
+    Raises:
+        UserError: also where `out` cannot be written.
+    """
+    target = Path(out)
+    page = report(paths, title=title, plans=plans)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            str(out), f"cannot be written ({error.strerror})", "name another file"
+        ) from None
+    return target
