@@ -1,5 +1,6 @@
 """The suites of attention alone: kernels, methods, masks."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ringattn.benchmarks.report import plot, units
@@ -8,25 +9,28 @@ from ringattn.benchmarks.report.charts import Mark, rows_chart
 from ringattn.benchmarks.report.coverage import coverage
 from ringattn.benchmarks.report.markup import Html, element, folded, joined, paragraph
 from ringattn.benchmarks.report.points import Group, Point, groups_of
-from ringattn.benchmarks.report.tables import Column, heat, table
+from ringattn.benchmarks.report.tables import MOST_ROWS, Column, heat, table
 
 MOST_OPEN = 3  # settings shown without a click
-MOST_GROUPS = 24
-MOST_SERIES = 14  # in one chart
+MOST_GROUPS = 12
+MOST_SERIES = 8  # in one chart; where there are more, the six best
+MOST_RANKS = 4  # numbers of ranks with charts, the largest ones
+_SUITE_ROWS = 3600  # of all tables of a suite
 _SIDE_FIGURES = (
+    ("CPU time, one process = 1", "cpu_ratio", "ratio"),
     ("Peak memory of a rank", "peak_bytes", "bytes"),
     ("Bytes received by the busiest rank", "wire_bytes", "bytes"),
-    ("Communication that computing does not hide", "exposed_share", "share"),
+    ("Communication not hidden", "exposed_share", "share"),
 )
 
 
 def attention_section(suite: str, cells: Sequence[Cell]) -> Html:
     """Pictures and tables of every setting of a suite, then its coverage."""
     groups = groups_of(suite, cells)
-    parts = [
-        _group(group, opened=number < MOST_OPEN)
-        for number, group in enumerate(groups[:MOST_GROUPS])
-    ]
+    parts, rows = [], _SUITE_ROWS
+    for number, group in enumerate(groups[:MOST_GROUPS]):
+        parts.append(_group(group, min(rows, MOST_ROWS), opened=number < MOST_OPEN))
+        rows = max(rows - len(group.points), 0)
     note = None
     if len(groups) > MOST_GROUPS:
         left = sum(len(group.points) for group in groups[MOST_GROUPS:])
@@ -35,56 +39,103 @@ def attention_section(suite: str, cells: Sequence[Cell]) -> Html:
     return joined(*parts, note, element("h3", "Coverage"), coverage(suite, cells))
 
 
-def _group(group: Group, *, opened: bool) -> Html:
-    content = joined(_speeds(group), _side_charts(group), _points_table(group))
+def _group(group: Group, rows: int, *, opened: bool) -> Html:
+    content = joined(_speeds(group, full=opened), _side_charts(group), _points_table(group, rows))
     label = "simulated" if group.simulated else "measured"
     title = joined(group.title, " ", element("span", label, class_=f"tag {label}"))
-    return folded(title, element("div", content), opened=opened) if not opened else joined(
-        element("h3", title), content
-    )
+    return joined(element("h3", title), content) if opened else folded(title, content)
 
 
-def _speeds(group: Group) -> Html:
-    """The headline figure by mask and variant, for every number of ranks and direction."""
-    shown, rest = [], []
+def _speeds(group: Group, *, full: bool) -> Html:
+    """The headline figure by mask and variant, for every number of ranks and direction.
+
+    With several numbers of ranks, directions but the first are folded away; they are left to the
+    table where not `full`.
+    """
     names = _series(group)
-    for direction in group.directions:
-        charts, grids = [], []
-        for ranks in group.ranks:
-            title = _panel_title(group, ranks, direction)
-            charts.append(
-                _chart(f"{title}", group, ranks, direction, lambda p: p.value, group.unit)
-            )
-            if len(group.variants) > 1:
-                grids.append(heat(group, ranks, direction, title))
-        part = joined(plot.panels([c for c in charts if c]), *grids)
-        if part:
-            (shown if direction == group.directions[0] else rest).append(part)
-    key = plot.legend(names) if shown else None
-    more = folded("Forward and backward by themselves", *rest) if rest else None
-    return joined(key, *shown, more)
+    ranks = group.ranks[-MOST_RANKS:]
+    first, others = group.directions[:1], group.directions[1:]
+    if len(ranks) == 1:
+        first, others = first + others, []
+    shown = joined(*_panels(group, ranks, first, names))
+    if not shown:
+        return Html()
+    more = _panels(group, ranks, others, names) if full else []
+    return joined(
+        plot.legend(names), _selection(group, names), shown,
+        folded("Forward and backward by themselves", *more) if any(more) else None,
+    )  # fmt: skip
 
 
-def _panel_title(group: Group, ranks: int, direction: str) -> str:
-    words = {"both": "forward and backward"}.get(direction, direction)
+def _panels(
+    group: Group, ranks: Sequence[int], directions: Sequence[str], names: Sequence[str]
+) -> list[Html]:
+    """Charts in a row, then shaded tables: those of the most ranks, and others folded away."""
+    parts = []
+    cells = [(direction, p) for direction in directions for p in ranks]
+    charts = [
+        _chart(_title(group, p, d), group, p, d, lambda q: q.value, group.unit, names)
+        for d, p in cells
+    ]
+    parts.append(plot.panels([chart for chart in charts if chart]))
+    if len(group.variants) > 1:
+        grids = {(d, p): heat(group, p, d, _title(group, p, d)) for d, p in cells}
+        last = joined(*[grid for (_, p), grid in grids.items() if p == ranks[-1]])
+        rest = joined(*[grid for (_, p), grid in grids.items() if p != ranks[-1]])
+        fewer = " and ".join(units.count(p) for p in ranks[:-1])
+        parts.append(element("div", last, class_="beside") if last else Html())
+        if rest:
+            beside = element("div", rest, class_="beside")
+            parts.append(folded(f"The same on {fewer} rank{'s' * (fewer != '1')}", beside))
+    return parts
+
+
+def _title(group: Group, ranks: int, direction: str) -> str:
     where = f", {units.count(ranks)} rank{'s' * (ranks > 1)}" if group.ranks != [1] else ""
-    return f"{_headline(group)}: {words}{where}"
+    return f"{_headline(group)}: {direction_words(direction)}{where}"
+
+
+def direction_words(direction: str) -> str:
+    """A direction as people say it."""
+    return {"both": "forward and backward"}.get(direction, direction)
 
 
 def _headline(group: Group) -> str:
-    return {"TFLOP/s": "Speed per rank", "s": "Time (less is better)"}.get(group.unit, group.unit)
+    return {"TFLOP/s": "Speed per rank", "s": "Time"}.get(group.unit, group.unit)
 
 
 def _series(group: Group) -> list[str]:
-    """Variants that charts show: those with most figures where there are too many."""
+    """Variants that charts show: where there are many, those that are the fastest most often."""
     names = group.variants
     if len(names) <= MOST_SERIES:
         return names
-    counts = {name: 0 for name in names}
+    wins: Counter[str] = Counter()
     for point in group.points:
-        counts[point.variant] += point.value is not None
-    kept = set(sorted(names, key=lambda name: -counts[name])[:MOST_SERIES])
+        if point.value is not None:
+            wins[point.variant] += 1
+    for direction in group.directions:
+        for ranks in group.ranks:
+            for mask in group.masks:
+                row = [group.best(mask, name, ranks, direction) for name in names]
+                winner = group.fastest([point for point in row if point is not None])
+                if winner is not None:
+                    wins[winner.variant] += len(group.points)
+    kept = {*names[:1], *sorted(names[1:], key=lambda name: -wins[name])[: MOST_SERIES - 3]}
     return [name for name in names if name in kept]
+
+
+def _selection(group: Group, names: Sequence[str]) -> Html | None:
+    """What charts leave out."""
+    notes = []
+    if len(names) < len(group.variants):
+        notes.append(
+            f"Charts show {names[0]} and the {len(names) - 1} that are the best most often; all "
+            f"{len(group.variants)} are in the tables."
+        )
+    if len(group.ranks) > MOST_RANKS:
+        fewer = ", ".join(units.count(p) for p in group.ranks[:-MOST_RANKS])
+        notes.append(f"Figures of {fewer} ranks are in the table only.")
+    return paragraph(" ".join(notes), class_="note") if notes else None
 
 
 def _chart(
@@ -94,9 +145,9 @@ def _chart(
     direction: str,
     figure: Callable[[Point], float | None],
     unit: str,
+    names: Sequence[str],
 ) -> Html:
     """One panel: a row per mask, a mark per variant."""
-    names = _series(group)
     rows = []
     for mask in group.masks:
         marks = []
@@ -115,49 +166,49 @@ def _chart(
 
 def _side_charts(group: Group) -> Html:
     """Memory, bytes, exposed communication and error, at the largest number of ranks."""
-    charts = []
-    for title, name, unit in _SIDE_FIGURES:
-        charts.append(_largest(title, group, lambda p, name=name: p.figure(name), unit))
-    charts.append(
-        _largest(
-            "Largest error against float64", group, lambda p: p.error[1] if p.error else None,
-            "relative error",
-        )
+    names = _series(group)
+    charts = [
+        _largest(title, group, lambda p, name=name: p.figure(name), unit, names)
+        for title, name, unit in _SIDE_FIGURES
+    ]
+    errors = _largest(
+        "Largest error against float64", group, lambda p: p.error[1] if p.error else None,
+        "relative error", names,
     )  # fmt: skip
-    charts = [chart for chart in charts if chart]
+    charts = [chart for chart in (*charts, errors) if chart]
     if not charts:
         return Html()
-    return joined(
-        element("h4", "Memory, communication, error"), plot.legend(_series(group)),
-        plot.panels(charts),
-    )  # fmt: skip
+    head = element("h4", "Cost, memory, communication, error")
+    return joined(head, plot.legend(names), plot.panels(charts))
 
 
 def _largest(
-    title: str, group: Group, figure: Callable[[Point], float | None], unit: str
+    title: str,
+    group: Group,
+    figure: Callable[[Point], float | None],
+    unit: str,
+    names: Sequence[str],
 ) -> Html:
     """A chart of the most ranks, and the first direction, that have such a figure."""
     found = {
-        (point.ranks, point.direction)
-        for point in group.points
-        if figure(point) not in (None, 0)
+        (point.ranks, point.direction) for point in group.points if figure(point) not in (None, 0)
     }
     for ranks in reversed(group.ranks):
         for direction in group.directions:
             if (ranks, direction) in found:
-                where = _panel_title(group, ranks, direction).partition(": ")[2]
-                return _chart(f"{title}: {where}", group, ranks, direction, figure, unit)
+                where = _title(group, ranks, direction).partition(": ")[2]
+                return _chart(f"{title}: {where}", group, ranks, direction, figure, unit, names)
     return Html()
 
 
-def _points_table(group: Group) -> Html:
+def _points_table(group: Group, rows: int) -> Html:
     """Every point with all its figures, or why it has none."""
     points = group.points
     several = any(len(point.cells) > 1 for point in points)
     base = {point.variant for point in map(group.baseline, points) if point is not None}
     columns = [
         Column("mask", [p.mask for p in points]),
-        Column("", [p.variant for p in points]),
+        Column("who", [p.variant for p in points]),
         Column("layout", [p.layout for p in points]),
         Column("ranks", [p.ranks for p in points], ""),
         Column("direction", [p.direction for p in points]),
@@ -167,6 +218,7 @@ def _points_table(group: Group) -> Html:
         ),
         Column("±", [p.spread for p in points], group.unit),
         Column(f"of {' or '.join(sorted(base))}", [group.ratio(p) for p in points], "share"),
+        Column("CPU time/one process", [p.figure("cpu_ratio") for p in points], ""),
         Column("time", [p.figure("seconds") for p in points], "s"),
         Column("CPU time", [p.figure("cpu_seconds") for p in points], "s"),
         Column("peak memory", [p.figure("peak_bytes") for p in points], "bytes"),
@@ -177,7 +229,7 @@ def _points_table(group: Group) -> Html:
         Column("packs", [len(p.cells) if several else None for p in points], ""),
         Column("no figure", [_why(p) for p in points]),
     ]  # fmt: skip
-    return table(columns, summary="All figures")
+    return table(columns, summary="All figures", most=rows)
 
 
 def _why(point: Point) -> str:

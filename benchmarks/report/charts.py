@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from ringattn.benchmarks.report import plot, units
 from ringattn.benchmarks.report.markup import Html, element, joined
 
-_ROW, _LINES_HEIGHT, _LABEL = 26, 250, 22
+_ROW, _LINES_HEIGHT, _LABEL = 26, 250, 24
+MOST_ROWS = 60  # of one chart
 _MOST_POINTS = 240  # of a line that is drawn; longer ones are thinned
 
 
@@ -45,21 +46,24 @@ def rows_chart(
     rows = [(label, marks) for label, marks in rows if marks]
     if not rows:
         return Html()
+    left_out, rows = len(rows) - MOST_ROWS, rows[:MOST_ROWS]
+    if left_out > 0:
+        title = f"{title} ({left_out:,} more rows are in the tables)"
     scale = units.scale_of((mark.value for _, marks in rows for mark in marks), unit)
-    left = min(max(plot.width_of(label[:_LABEL]) for label, _ in rows) + 12, 150)
+    left = min(max(plot.width_of(label[:_LABEL]) for label, _ in rows) + 10, 172)
     values = [mark.value / scale.divisor for _, marks in rows for mark in marks]
-    axis = plot.axis(values, left, plot.WIDTH - 16)
+    axis = plot.axis(values, left, plot.WIDTH - 22, log="%" not in scale.unit)
     bottom = _ROW * len(rows) + 6
     parts = [_columns(axis, bottom)]
     for number, (label, marks) in enumerate(rows):
         middle = _ROW * number + _ROW / 2 + 4
         shown = plot.shortened(label, _LABEL)
         name = plot.text(left - 8, middle + 4, shown, "end", "name")
-        parts.append(plot.line(left, middle, plot.WIDTH - 16, middle, "row"))
+        parts.append(plot.line(left, middle, plot.WIDTH - 22, middle, "row"))
         parts.append(name if shown == label else element("g", element("title", label), name))
         parts.append(_row(axis, middle, marks, scale))
     label = scale.unit + (", log scale" if axis.log else "")
-    parts.append(plot.text((left + plot.WIDTH - 16) / 2, bottom + 34, label, "middle", "unit"))
+    parts.append(plot.text((left + plot.WIDTH - 22) / 2, bottom + 34, label, "middle", "unit"))
     low, high = (scale.with_unit(edge * scale.divisor) for edge in (min(values), max(values)))
     description = f"{len(rows)} rows by {', '.join(names)}; {low} to {high}"
     return plot.figure(title, description, bottom + 40, *parts)
@@ -139,9 +143,7 @@ def _frame(across: plot.Axis, up: plot.Axis, left: float, bottom: float) -> Html
     return joined(*parts)
 
 
-def _line(
-    line: Line, across: plot.Axis, up: plot.Axis, scale: units.Scale, *, marks: bool
-) -> Html:
+def _line(line: Line, across: plot.Axis, up: plot.Axis, scale: units.Scale, *, marks: bool) -> Html:
     every = -(-len(line.points) // _MOST_POINTS)
     kept = line.points[:: max(every, 1)]
     if kept[-1] != line.points[-1]:

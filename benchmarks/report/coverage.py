@@ -1,6 +1,6 @@
 """What was run: masks × variants × ranks with a figure, a refusal or an error, and every reason."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ringattn.benchmarks.report import units
 from ringattn.benchmarks.report.cells import OWN, Cell
@@ -8,6 +8,8 @@ from ringattn.benchmarks.report.markup import Html, element, folded, joined, par
 from ringattn.benchmarks.report.points import variant_of
 from ringattn.benchmarks.report.tables import GLYPHS, WORDS, list_limited, scrolled
 
+MOST_ROWS = 400  # of one matrix
+MOST_RANKS = 4  # numbers of ranks beside one another below each variant
 MOST_REASONS = 400  # of one suite
 MOST_CASES = 40  # named below a reason
 _ORDER = ("error", "refused", "ok")
@@ -29,22 +31,49 @@ def coverage(suite: str, cells: Sequence[Cell]) -> Html:
         for p in ranks
         if (mask, variant, p) not in found
     ]
-    rows = [
-        element(
-            "tr", element("th", mask, scope="row"),
-            *[_mark(found.get((mask, v, p)), p == ranks[0]) for v in variants for p in ranks],
-        )
-        for mask in masks
-    ]  # fmt: skip
+    rows, heads = _rows(found, masks, variants, ranks)
     matrix = element(
-        "table", element("thead", *_heads(variants, ranks)), element("tbody", *rows),
-        class_="grid cover",
-    )  # fmt: skip
+        "table", element("thead", *heads), element("tbody", *rows[:MOST_ROWS]), class_="grid cover"
+    )
     absent = None
     if missing:
         text = f"{units.count(len(missing))} combinations are not in these results"
         absent = folded(text, paragraph(list_limited(missing, 400)))
-    return joined(_key(cells, len(missing)), scrolled(matrix), absent, reasons(cells))
+    if len(rows) > MOST_ROWS:
+        left = f"{len(rows) - MOST_ROWS:,} more rows are left out here."
+        absent = joined(paragraph(left, class_="note"), absent)
+    grid = scrolled(matrix, "scroll fits")
+    return joined(_key(cells, len(missing)), grid, absent, reasons(cells))
+
+
+def _rows(
+    found: Mapping[tuple[str, str, int], Sequence[Cell]],
+    masks: Sequence[str],
+    variants: Sequence[str],
+    ranks: Sequence[int],
+) -> tuple[list[Html], list[Html]]:
+    """Rows and heads: a row per mask; per mask and variant where numbers of ranks are many."""
+    if len(ranks) <= MOST_RANKS:
+        rows = [
+            element(
+                "tr", element("th", mask, scope="row"),
+                *[_mark(found.get((mask, v, p)), p == ranks[0]) for v in variants for p in ranks],
+            )
+            for mask in masks
+        ]  # fmt: skip
+        return rows, _heads(variants, ranks)
+    rows = [
+        element(
+            "tr", element("th", f"{mask} · {variant}", scope="row"),
+            *[_mark(found.get((mask, variant, p)), False) for p in ranks],
+        )
+        for mask in masks
+        for variant in variants
+        if any((mask, variant, p) in found for p in ranks)
+    ]  # fmt: skip
+    numbers = [element("th", units.count(p), scope="col") for p in ranks]
+    head = element("th", "ranks or GPUs", scope="col")
+    return rows, [element("tr", head, *numbers)]
 
 
 def _heads(variants: Sequence[str], ranks: Sequence[int]) -> list[Html]:
@@ -115,7 +144,9 @@ def reasons(cells: Iterable[Cell]) -> Html:
         for (status, reason), cases in ordered[:MOST_REASONS]
     ]  # fmt: skip
     rest = len(ordered) - MOST_REASONS
-    note = paragraph(f"{rest:,} more reasons are in the files.", class_="note") if rest > 0 else None
+    note = (
+        paragraph(f"{rest:,} more reasons are in the files.", class_="note") if rest > 0 else None
+    )
     total = sum(len(cases) for cases in found.values())
     title = f"Why there is no figure: {total:,} cases, {len(ordered):,} reasons"
     return folded(title, element("ul", *items, class_="reasons"), note, opened=len(ordered) <= 12)

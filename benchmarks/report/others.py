@@ -1,6 +1,6 @@
 """The simulator beside measurements, and records of any other name: plain tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ringattn.benchmarks.report import plot, units
@@ -8,43 +8,56 @@ from ringattn.benchmarks.report.cells import Cell
 from ringattn.benchmarks.report.charts import Mark, rows_chart
 from ringattn.benchmarks.report.coverage import coverage, reasons
 from ringattn.benchmarks.report.markup import Html, element, joined
-from ringattn.benchmarks.report.points import groups_of, median
+from ringattn.benchmarks.report.points import Group, Point, groups_of, median
 from ringattn.benchmarks.report.tables import Column, table
 
 MOST_COLUMNS = 7
-_UNITS = (("_bytes", "bytes"), ("seconds", "s"), ("_share", "share"), ("_s", "s"), ("tflops", "TFLOP/s"))
+_UNITS = (
+    ("bytes", "bytes"), ("seconds", "s"), ("share", "share"), ("s", "s"), ("tflops", "TFLOP/s"),
+)  # fmt: skip
 _SKIPPED = ("simulated", "command", "suite", "losses")
 
 
 def simulated_section(cells: Sequence[Cell]) -> Html:
     """The simulator's figures beside measured ones, by mask and method."""
-    charts, names = [], list(dict.fromkeys(c.text("method") or c.contender for c in cells))
-    for group in groups_of("methods", cells):
-        for ranks in group.ranks:
-            rows = [
-                (mask, _marks([p for p in group.points if (p.mask, p.ranks) == (mask, ranks)], names, group.unit))
-                for mask in group.masks
-            ]
-            charts.append(rows_chart(f"{group.unit}: {ranks} ranks", rows, group.unit, names))
+    groups = groups_of("simulated", cells)
+    names = list(dict.fromkeys(name for group in groups for name in group.variants))
+    charts = [
+        _chart(group, ranks, direction, names)
+        for group in groups
+        for ranks in group.ranks
+        for direction in group.directions
+    ]
     middle = [
         f"{unit}: median {units.number(value)}"
         for unit in dict.fromkeys(c.record.unit for c in cells)
         if (value := median(c.record.value for c in cells if c.record.unit == unit)) is not None
     ]
     return joined(
-        element("p", f"Over {units.count(len(cells))} cells. ", "; ".join(middle)),
+        element("p", f"{units.count(len(cells))} cells. ", "; ".join(middle)),
         plot.legend(names), plot.panels([c for c in charts if c]), plain_tables(cells),
-        element("h3", "Coverage"), coverage("methods", cells),
+        element("h3", "Coverage"), coverage("simulated", cells),
     )  # fmt: skip
 
 
-def _marks(points, names: Sequence[str], unit: str) -> list[Mark]:
-    marks = []
-    for point in points:
-        if point.value is not None and point.variant in names:
-            tip = f"{point.mask}, {point.variant}: {units.scale_of([point.value], unit).with_unit(point.value)}"
-            marks.append(Mark(names.index(point.variant), point.value, point.spread, tip))
-    return marks
+def _chart(group: Group, ranks: int, direction: str, names: Sequence[str]) -> Html:
+    """One panel: a row per mask, a mark per method."""
+    here = [p for p in group.points if (p.ranks, p.direction) == (ranks, direction)]
+    rows = [(mask, _marks((p for p in here if p.mask == mask), names)) for mask in group.masks]
+    title = f"{group.unit}, {units.count(ranks)} rank{'s' * (ranks > 1)}"
+    title += f", {direction}" if len(group.directions) > 1 else ""
+    return rows_chart(title, rows, group.unit, names)
+
+
+def _marks(points: Iterable[Point], names: Sequence[str]) -> list[Mark]:
+    return [
+        Mark(
+            names.index(point.variant), point.value, point.spread,
+            f"{point.mask}, {point.variant}: {units.number(point.value)}",
+        )
+        for point in points
+        if point.value is not None
+    ]  # fmt: skip
 
 
 def other_section(cells: Sequence[Cell]) -> Html:
@@ -61,9 +74,10 @@ def plain_tables(cells: Sequence[Cell]) -> Html:
             Column("case", [cell.record.case for cell in part]),
             Column("figure", [cell.record.value for cell in part], unit, bars=True),
             Column("±", [cell.record.spread for cell in part], unit),
-            *_figures(part), *_settings(part),
+            *_figures(part),
+            *_settings(part),
             Column("no figure", [cell.record.reason[:240] for cell in part]),
-        ]  # fmt: skip
+        ]
         tables.append(table(columns, summary=f"Figures in {unit}"))
     return joined(*tables)
 
@@ -77,7 +91,7 @@ def _figures(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _unit(name: str) -> str:
-    return next((unit for end, unit in _UNITS if name.endswith(end)), "")
+    return next((u for end, u in _UNITS if name == end or name.endswith(f"_{end}")), "")
 
 
 def _settings(cells: Sequence[Cell]) -> list[Column]:
@@ -91,9 +105,9 @@ def _settings(cells: Sequence[Cell]) -> list[Column]:
             continue
         numbers = all(value is None or _is_number(value) for value in values)
         shown: list[Any] = values if numbers else ["" if v is None else str(v) for v in values]
-        columns.append(Column(key.replace("_", " "), shown, _unit(key) if numbers else None))
+        columns.append(Column(str(key).replace("_", " "), shown, _unit(key) if numbers else None))
     return columns[:MOST_COLUMNS]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

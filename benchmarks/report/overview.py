@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ringattn.benchmarks.report import units
-from ringattn.benchmarks.report.cells import OWN, SUITES, Cell
+from ringattn.benchmarks.report.cells import SUITES, Cell
 from ringattn.benchmarks.report.load import Loaded
-from ringattn.benchmarks.report.markup import Html, bullets, element, joined, paragraph
-from ringattn.benchmarks.report.points import groups_of, median
+from ringattn.benchmarks.report.markup import Html, element, joined, paragraph
 from ringattn.benchmarks.report.tables import list_limited, scrolled
 
 MOST_COMMANDS, MOST_MACHINES = 60, 40
@@ -57,78 +56,6 @@ def summary(loaded: Loaded, cells: Sequence[Cell]) -> Html:
         element("p", *[part for tag in tags for part in (tag, " ")], class_="tags"),
         element("ul", *shown, class_="tiles"), note,
     )  # fmt: skip
-
-
-def findings(cells: Sequence[Cell]) -> Html:
-    """What the figures say, in a few sentences."""
-    lines: list[object] = []
-    for suite in ("kernels", "methods", "masks"):
-        for group in groups_of(suite, [c for c in cells if c.suite == suite])[:2]:
-            lines += _winners(suite, group)
-    lines += _error(cells)
-    return joined(element("h2", "What it says", id="findings"), bullets(lines)) if lines else Html()
-
-
-def _winners(suite: str, group: Any) -> list[object]:
-    """How often each variant is the fastest, at the most ranks."""
-    direction, ranks = group.directions[0], group.ranks[-1]
-    if len(group.variants) < 2:
-        return []
-    wins: Counter[str] = Counter()
-    gaps = []
-    for mask in group.masks:
-        row = [group.best(mask, variant, ranks, direction) for variant in group.variants]
-        row = [p for p in row if p is not None and p.value]
-        if len(row) < 2:
-            continue
-        best = row[0]
-        for point in row[1:]:
-            best = point if group.better(point, best) else best
-        wins[best.variant] += 1
-        ours = [p for p in row if p.cells[0].contender == OWN]
-        others = [p for p in row if p.cells[0].contender != OWN]
-        if suite == "masks" and ours and others:
-            mine = _best(group, ours)
-            theirs = _best(group, others)
-            less = units.less_is_better(group.unit)
-            gaps.append(theirs / mine if less else mine / theirs)
-    if not wins:
-        return []
-    total = sum(wins.values())
-    most = ", ".join(f"{name} on {count}" for name, count in wins.most_common(4))
-    where = f", {ranks} ranks" if ranks > 1 else ""
-    sim = ", simulated" if group.simulated else ""
-    line: list[object] = [
-        element("b", f"{suite.capitalize()}: "),
-        f"the fastest of {len(group.variants)} by mask ({direction}{where}{sim}): ",
-        f"{most} of {total}",
-    ]
-    if gaps:
-        line.append(
-            f"; {OWN} is {units.number(median(gaps) or 0)} × as fast as the best other in the "
-            f"median, {units.number(min(gaps))} × at worst"
-        )
-    setting = element("small", f" {group.title}")
-    return [joined(*line, ".", setting)]
-
-
-def _best(group: Any, points: Sequence[Any]) -> float:
-    values = [point.value for point in points]
-    return min(values) if units.less_is_better(group.unit) else max(values)
-
-
-def _error(cells: Sequence[Cell]) -> list[object]:
-    """The largest error of each dtype."""
-    worst: dict[str, tuple[float, str]] = {}
-    for cell in cells:
-        found = cell.worst_error if cell.ok else None
-        if found is not None:
-            dtype = cell.text("dtype") or "unnamed dtype"
-            worst[dtype] = max(worst.get(dtype, (0.0, "")), (found[1], found[0]))
-    if not worst:
-        return []
-    text = "; ".join(f"{units.number(v)} in {d} ({n})" for d, (v, n) in sorted(worst.items()))
-    return [joined(element("b", "Errors: "), f"largest relative error against float64: {text}.")]
 
 
 def machines(loaded: Loaded) -> Html:
@@ -191,5 +118,6 @@ def commands(cells: Sequence[Cell]) -> Html:
         for command, count in found.most_common(MOST_COMMANDS)
     ]
     left = len(found) - MOST_COMMANDS
-    note = paragraph(f"{left:,} more commands are in the files.", class_="note") if left > 0 else None
+    rest = f"{left:,} more commands are in the files."
+    note = paragraph(rest, class_="note") if left > 0 else None
     return joined(element("ul", *items, class_="commands"), note)

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from ringattn.benchmarks.report.attention import attention_section
 from ringattn.benchmarks.report.cells import SUITES, Cell
+from ringattn.benchmarks.report.findings import findings
 from ringattn.benchmarks.report.load import load
 from ringattn.benchmarks.report.markup import Html, anchor, element, joined, paragraph
 from ringattn.benchmarks.report.older import cell_of
 from ringattn.benchmarks.report.others import other_section, simulated_section
-from ringattn.benchmarks.report.overview import commands, findings, machines, summary
+from ringattn.benchmarks.report.overview import commands, machines, summary
 from ringattn.benchmarks.report.pictures import MOST_PLANS, plans_section
 from ringattn.benchmarks.report.scaling import scaling_section
 from ringattn.benchmarks.report.training import train_section
 from ringattn.errors import UserError
 
 TITLE = "ringattn benchmarks"
+MOST_SECTIONS = 60
 _HEADS = {
     "kernels": ("Kernels", "Attention of one rank, kernel by kernel."),
     "methods": ("Methods", "Every method of sharding attention on every mask."),
@@ -43,17 +45,10 @@ def report(
     """
     loaded = load(paths)
     cells = [cell_of(record) for record in loaded.records]
-    sections = [("findings", "What it says", findings(cells))]
-    for suite in dict.fromkeys([*SUITES, *sorted({cell.suite for cell in cells})]):
-        part = [cell for cell in cells if cell.suite == suite]
-        if part:
-            name, content = _section(suite, part)
-            sections.append((anchor(suite), name, content))
-    plans_part = plans_section(cells, plans)
-    if plans_part:
-        sections.append(
-            ("plans", "Plans", joined(element("h2", "Plans", id="plans"), plans_part))
-        )
+    sections = [("findings", "What it says", findings(cells)), *_suites(cells)]
+    pictures = plans_section(cells, plans)
+    if pictures:
+        sections.append(_end("plans", "Plans", pictures))
     sections.append(_end("commands", "Commands that repeat it", commands(cells)))
     sections.append(_end("machines", "Hardware and versions", machines(loaded)))
     shown = [section for section in sections if section[2]]
@@ -66,18 +61,36 @@ def report(
     return _document(title, body)
 
 
+def _suites(cells: Sequence[Cell]) -> list[tuple[str, str, Html]]:
+    """Id, name and content of every suite, then of benchmarks that belong to none."""
+    found: dict[str, list[Cell]] = {suite: [] for suite in SUITES}
+    for cell in sorted(cells, key=lambda cell: cell.suite):
+        found.setdefault(cell.suite, []).append(cell)
+    sections = []
+    for number, (suite, part) in enumerate(found.items()):
+        if not part:
+            continue
+        if len(sections) == MOST_SECTIONS:
+            rest = ", ".join(list(found)[number:][:100])
+            left = f"{len(found) - number:,} more benchmarks are left out here: {rest}"
+            sections.append(_end("rest", "Left out", paragraph(left)))
+            break
+        key = f"s{number}-{anchor(suite)[:40]}"
+        name, content = _section(suite, part)
+        sections.append((key, name, joined(element("h2", name, id=key), content)))
+    return sections
+
+
 def _section(suite: str, cells: Sequence[Cell]) -> tuple[str, Html]:
-    if suite in _HEADS:
-        name, about = _HEADS[suite]
-        make = {
-            "train": train_section, "scaling": scaling_section, "simulated": simulated_section,
-        }.get(suite)  # fmt: skip
-        content = make(cells) if make else attention_section(suite, cells)
-        head = joined(element("h2", name, id=anchor(suite)), paragraph(about, class_="about"))
-    else:
-        name, content = suite.replace("_", " ").replace("-", " ").capitalize(), other_section(cells)
-        head = element("h2", name, id=anchor(suite))
-    return name, joined(head, content)
+    if suite not in _HEADS:
+        name = suite.replace("_", " ").replace("-", " ")
+        return name[:1].upper() + name[1:], other_section(cells)
+    name, about = _HEADS[suite]
+    make = {
+        "train": train_section, "scaling": scaling_section, "simulated": simulated_section,
+    }.get(suite)  # fmt: skip
+    content = make(cells) if make else attention_section(suite, cells)
+    return name, joined(paragraph(about, class_="about"), content)
 
 
 def _end(key: str, name: str, content: Html) -> tuple[str, str, Html]:

@@ -37,9 +37,7 @@ _LANES = {Lane.INTRA: "c2", Lane.INTER: "c5"}
 
 def plans_section(cells: Sequence[Cell], most: int = MOST_PLANS) -> Html:
     """Pictures of the masks that the records name, the first `most` of those that are known."""
-    named = list(
-        dict.fromkeys(c.mask for c in cells if c.suite in SUITES and c.text("mask"))
-    )
+    named = list(dict.fromkeys(c.mask for c in cells if c.suite in SUITES and c.text("mask")))
     known = [name for name in NAMES if name in named]
     shown = known[:most]
     if not shown:
@@ -61,9 +59,7 @@ def plans_section(cells: Sequence[Cell], most: int = MOST_PLANS) -> Html:
     )
     left = [name for name in known if name not in shown]
     note = paragraph("Not pictured: ", list_limited(left, 60), ".", class_="note") if left else None
-    return joined(
-        paragraph(about), key, plot.panels([_picture(name) for name in shown]), note
-    )
+    return joined(paragraph(about), key, plot.panels([_picture(name) for name in shown]), note)
 
 
 def _picture(name: str) -> Html:
@@ -154,7 +150,7 @@ def _work(quote: Quote) -> Html:
                 shape = f"M{x:.1f} {y}h{width:.1f}v18h-{width:.1f}Z"
                 parts.append(element("path", d=shape, class_="part", fill=PALETTE[rank]))
             x += width
-        share = f"{100 * float(steps.sum()) / total:.1f}%"
+        share = f"{100 * float(steps.sum()) / total:.1f} %"
         parts.append(plot.text(x + 5, y + 13, share, class_="tick"))
     return joined(*parts)
 

@@ -13,7 +13,7 @@ from ringattn.benchmarks.report.markup import Html, element, joined
 
 WIDTH = 380
 COLORS = 7  # classes c0 … c6 of the style sheet
-_CHAR = 6.1  # mean width of a character of a label, in units
+_CHAR = 6.7  # mean width of a character of a label, in units
 _SHAPES = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "M-3.5 -3.5H3.5V3.5H-3.5Z",
@@ -52,7 +52,13 @@ class Axis:
 
 
 def axis(
-    values: Iterable[float], start: float, stop: float, *, zero: bool = True, most: int = 4
+    values: Iterable[float],
+    start: float,
+    stop: float,
+    *,
+    zero: bool = True,
+    log: bool = True,
+    most: int = 4,
 ) -> Axis:
     """An axis over values: logarithmic where they differ by more than a factor of 40.
 
@@ -61,19 +67,20 @@ def axis(
         start: position of the low end.
         stop: position of the high end.
         zero: whether a linear axis starts at zero.
+        log: whether it may be logarithmic.
         most: about as many ticks.
     """
     known = sorted(values)
     low, high = known[0], known[-1]
     positive = [value for value in known if value > 0]
-    if positive and low >= 0 and positive[0] * 40 < high:
+    if log and positive and low >= 0 and positive[0] * 40 < high:
         return _log_axis(positive[0], high, start, stop, most)
     base = min(low, 0.0) if zero else low
     step = _round_step(max(high - base, abs(high) * 1e-3, 1e-12) / most)
     base = math.floor(base / step + 1e-9) * step
     top = max(math.ceil(high / step - 1e-9) * step, base + step)
     count = round((top - base) / step)
-    ticks = tuple((base + k * step, units.number(base + k * step)) for k in range(count + 1))
+    ticks = tuple((base + k * step, units.short(base + k * step)) for k in range(count + 1))
     return Axis(base, top, start, stop, False, ticks)
 
 
@@ -95,7 +102,7 @@ def _log_axis(low: float, high: float, start: float, stop: float, most: int) -> 
     last = max(last, first + 1)
     every = max(1, math.ceil((last - first) / most))
     exponents = range(first, last + 1, every)
-    ticks = tuple((10.0**e, units.number(10.0**e)) for e in exponents)
+    ticks = tuple((10.0**e, units.short(10.0**e)) for e in exponents)
     return Axis(10.0**first, 10.0**last, start, stop, True, ticks)
 
 
@@ -165,12 +172,10 @@ def figure(title: str, description: str, height: float, *parts: object) -> Html:
 
 def legend(names: Sequence[str], *, simulated: bool = False) -> Html:
     """The marks of the series by name; with `simulated` also what hollow ones are."""
-    items = [
-        element("li", _key(marker(number, 8, 8)), name) for number, name in enumerate(names)
-    ]
+    items = [element("li", _key(marker(number, 8, 8)), name) for number, name in enumerate(names)]
     if simulated:
-        items.append(element("li", _key(marker(0, 8, 8)), "filled, solid: measured"))
-        hollow = marker(0, 8, 8, hollow=True)
+        items.append(element("li", _key(marker(6, 8, 8)), "filled, solid: measured"))
+        hollow = marker(6, 8, 8, hollow=True)
         items.append(element("li", _key(hollow), "hollow, dashed: simulated"))
     return element("ul", *items, class_="legend")
 

@@ -91,7 +91,9 @@ class Group:
     def variants(self) -> list[str]:
         """Variants, our own first and those without ranks last."""
         found = _seen(point.variant for point in self.points)
-        return sorted(found, key=lambda name: (name in BASELINES, not name.startswith(OWN)))
+        return sorted(
+            found, key=lambda name: (name in BASELINES, name != "auto", not name.startswith(OWN))
+        )
 
     @property
     def ranks(self) -> list[int]:
@@ -122,6 +124,14 @@ class Group:
             return other.value is None and one.value is not None
         less = units.less_is_better(self.unit)
         return one.value < other.value if less else one.value > other.value
+
+    def fastest(self, points: Iterable[Point]) -> Point | None:
+        """The best of some points; None where none has a figure."""
+        best: Point | None = None
+        for point in points:
+            if point.value is not None and (best is None or self.better(point, best)):
+                best = point
+        return best
 
     def baseline(self, point: Point) -> Point | None:
         """The one process that a point is compared with; None where it was not run.
@@ -177,21 +187,44 @@ def setting(cell: Cell) -> str:
         cell.text("dtype"),
         f"batch {cell.text('batch')}" if cell.whole("batch") > 1 else "",
         f"{cell.text('lengths')} documents" if cell.text("lengths") else "",
-        cell.text("model"),
+        _model(cell.config.get("model")),
         cell.device,
     ]
     return " · ".join(part for part in parts if part)
 
 
+def _model(value: object) -> str:
+    """A model by name, or its sizes in a row."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {size}" for key, size in value.items())
+    return str(value or "")
+
+
 def _points(suite: str, cells: Sequence[Cell]) -> tuple[Point, ...]:
     several = len({c.text("method") for c in cells if c.contender == OWN}) > 1
-    found: dict[tuple[str, str, str, int, str], list[Cell]] = {}
+    found: dict[tuple[str, str, int, str], list[Cell]] = {}
     for cell in cells:
-        variant = variant_of(suite, cell, several)
-        layout = cell.text("layout")
-        key = (cell.mask, variant, layout, cell.ranks, cell.direction)
+        key = (cell.mask, variant_of(suite, cell, several), cell.ranks, cell.direction)
         found.setdefault(key, []).append(cell)
-    return tuple(Point(*key, tuple(part)) for key, part in found.items())
+    points = []
+    for (mask, variant, ranks, direction), part in found.items():
+        for layout, same in _by_layout(part):
+            points.append(Point(mask, variant, layout, ranks, direction, tuple(same)))
+    return tuple(points)
+
+
+def _by_layout(cells: Sequence[Cell]) -> Iterable[tuple[str, Sequence[Cell]]]:
+    """Cells by layout where one pack ran on several; else all, with the layouts that were chosen.
+
+    A layout that the planner chooses may differ from pack to pack, and their median is of all.
+    """
+    layouts: dict[str, list[Cell]] = {}
+    for cell in cells:
+        layouts.setdefault(cell.text("layout"), []).append(cell)
+    packs = [cell.text("pack") for cell in cells]
+    if len(layouts) == 1 or len(set(packs)) == len(packs):
+        return [(" / ".join(name for name in layouts if name), cells)]
+    return layouts.items()
 
 
 def variant_of(suite: str, cell: Cell, several: bool) -> str:
@@ -205,7 +238,7 @@ def variant_of(suite: str, cell: Cell, several: bool) -> str:
     other = cell.contender if cell.contender != OWN else ""
     if suite == "kernels":
         return other or cell.text("kernel") or OWN
-    if suite in ("methods", "scaling"):
+    if suite in ("methods", "scaling", "simulated"):
         return other or cell.text("method") or OWN
     method = cell.text("method")
     own_method = suite == "masks" and several and method not in ("", "auto")

@@ -36,10 +36,13 @@ def kind_of(cell: Cell) -> str:
 
 
 def _curves(kind: str, cells: Sequence[Cell], series: Mapping[str, int]) -> Html:
-    found: dict[tuple[str, str], list[Cell]] = {}
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    directions = {cell.direction for cell in cells}
+    shown = "both" if "both" in directions else min(directions, default="both")
     for cell in cells:
-        if kind_of(cell) == kind and cell.ok:
-            found.setdefault((cell.record.unit, cell.mask), []).append(cell)
+        if kind_of(cell) == kind and cell.ok and cell.direction == shown:
+            key = (cell.record.unit, cell.mask, _tokens(kind, cell))
+            found.setdefault(key, []).append(cell)
     if not found:
         return Html()
     heads = {
@@ -49,8 +52,8 @@ def _curves(kind: str, cells: Sequence[Cell], series: Mapping[str, int]) -> Html
     }
     both = {cell.simulated for part in found.values() for cell in part}
     charts = [
-        lines_chart(f"{mask}: {unit}", _lines(part, series), "ranks or GPUs", unit)
-        for (unit, mask), part in list(found.items())[:MOST_PANELS]
+        lines_chart(f"{mask}, {tokens}", _lines(part, series), "ranks or GPUs", unit)
+        for (unit, mask, tokens), part in list(found.items())[:MOST_PANELS]
     ]
     left = len(found) - MOST_PANELS
     note = paragraph(f"{left} more charts are left out.", class_="note") if left > 0 else None
@@ -58,6 +61,17 @@ def _curves(kind: str, cells: Sequence[Cell], series: Mapping[str, int]) -> Html
         element("h3", heads[kind]), plot.legend(list(series), simulated=True in both),
         plot.panels(charts), note,
     )  # fmt: skip
+
+
+def _tokens(kind: str, cell: Cell) -> str:
+    """The tokens that a curve keeps: of a rank or in all."""
+    length = cell.whole("seq_len")
+    if kind == "strong":
+        return f"{units.tokens(length)} tokens"
+    if kind == "weak" and length:
+        group = cell.whole("cp") or cell.ranks
+        return f"{units.tokens(length // group)} tokens per rank"
+    return cell.direction
 
 
 def _lines(cells: Sequence[Cell], series: Mapping[str, int]) -> list[Line]:
@@ -92,7 +106,7 @@ def _links(plain: Sequence[Cell], other: Sequence[Cell], series: Mapping[str, in
         rows_chart(
             f"Change with {links}, {units.count(most)} GPUs",
             [(mask, marks) for (name, mask), marks in rows.items() if name == links],
-            "% change", list(series),
+            "percent", list(series),
         )
         for links in dict.fromkeys(key[0] for key in rows)
     ]  # fmt: skip
@@ -112,13 +126,14 @@ def _table(cells: Sequence[Cell]) -> Html:
     same = [cell for cell in cells if cell.record.unit == unit]
     rest = [cell for cell in cells if cell.record.unit != unit]
     columns = [
-        Column("", [variant_of("scaling", c, True) for c in same]),
+        Column("who", [variant_of("scaling", c, True) for c in same]),
         Column("mask", [c.mask for c in same]),
         Column("kind", [kind_of(c) for c in same]),
         Column("ranks or GPUs", [c.ranks for c in same], ""),
         Column("tokens", [units.tokens(c.whole("seq_len")) for c in same]),
         Column("links", [c.text("links") for c in same]),
-        Column("", ["simulated" if c.simulated else "measured" for c in same]),
+        Column("how", ["simulated" if c.simulated else "measured" for c in same]),
+        Column("direction", [c.text("direction") for c in same]),
         Column("figure", [c.record.value for c in same], unit, bars=True),
         Column("MFU", [c.figures.get("mfu") for c in same], "share"),
         Column("per GPU", [c.figures.get("tflops") for c in same], "TFLOP/s"),

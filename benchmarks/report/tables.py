@@ -8,6 +8,7 @@ from ringattn.benchmarks.report.markup import Html, element, folded, joined, par
 from ringattn.benchmarks.report.points import Group, Point
 
 MOST_ROWS = 1200  # of one table
+MOST_MASKS = 60  # rows of a grid
 OPEN_ROWS = 24  # tables of no more rows are shown without a click
 GLYPHS = {"ok": "✓", "refused": "R", "error": "✕", "missing": "·"}
 WORDS = {
@@ -71,24 +72,24 @@ def _column(column: Column, most: int) -> tuple[Html, list[Html]]:
         return element("th", column.head, scope="col"), cells
     numbers = [value for value in column.values if isinstance(value, int | float)]
     scale = units.scale_of(numbers, column.unit)
-    largest = max((abs(value) for value in numbers), default=0)
+    largest = max(numbers, default=0) if min(numbers, default=0) >= 0 else 0
+    whole = scale.divisor == 1 and all(float(value).is_integer() for value in numbers)
     cells = []
     for value in shown:
         if not isinstance(value, int | float):
             cells.append(element("td", "–" if value is None else value, class_="n"))
             continue
-        bar = f"--w:{100 * abs(value) / largest:.0f}%" if column.bars and largest else None
+        bar = f"--w:{100 * value / largest:.0f}%" if column.bars and largest else None
+        text = units.count(value) if whole else scale.text(value)
         kind = "n bar" if bar else "n"
-        cells.append(
-            element("td", scale.text(value), class_=kind, data_v=f"{value:.4g}", style=bar)
-        )
+        cells.append(element("td", text, class_=kind, data_v=f"{value:.6g}", style=bar))
     unit = element("small", f" {scale.unit}") if scale.unit else None
     return element("th", column.head, unit, scope="col", class_="n"), cells
 
 
-def scrolled(content: Html) -> Html:
+def scrolled(content: Html, class_: str = "scroll") -> Html:
     """Something wide, in a container that scrolls by itself."""
-    return element("div", content, class_="scroll", tabindex="0")
+    return element("div", content, class_=class_, tabindex="0")
 
 
 def heat(group: Group, ranks: int, direction: str, caption: str) -> Html:
@@ -104,7 +105,7 @@ def heat(group: Group, ranks: int, direction: str, caption: str) -> Html:
     scale = units.scale_of((point.value for point in found), group.unit)
     variants = [v for v in group.variants if any(points[mask, v] for mask in group.masks)]
     rows = []
-    for mask in group.masks:
+    for mask in group.masks[:MOST_MASKS]:
         line = [points[mask, variant] for variant in variants]
         if any(line):
             cells = [_shade(point, line, group, scale) for point in line]
@@ -128,7 +129,7 @@ def _shade(point: Point | None, row: Sequence[Point | None], group: Group, scale
         tip += f", {100 * share:.0f} % of the row's best"
     number = scale.text(point.value)
     inner = element("b", number) if share >= 1 and len(values) > 1 else number
-    shade = f"--h:{max(0, round(100 * share))}%"
+    shade = f"--h:{max(0, round(200 * share - 100))}%"  # none at half of the best
     return element("td", inner, class_="heat", style=shade, title=tip)
 
 
@@ -139,14 +140,13 @@ def grid(caption: str, heads: Sequence[str], rows: Sequence[Html]) -> Html:
         *[element("th", element("span", name), scope="col", class_="up") for name in heads],
     )  # fmt: skip
     body = element("tbody", *rows)
-    return scrolled(
-        element("table", element("caption", caption), element("thead", head), body, class_="grid")
+    table = element(
+        "table", element("caption", caption), element("thead", head), body, class_="grid"
     )
+    return scrolled(table, "scroll fits")
 
 
-def list_limited(
-    items: Sequence[str], most: int, *, show: Callable[[str], object] = str
-) -> Html:
+def list_limited(items: Sequence[str], most: int, *, show: Callable[[str], object] = str) -> Html:
     """Items separated by commas, the first ones, and how many more there are."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     parts: list[object] = []

@@ -13,6 +13,7 @@ from ringattn.benchmarks.report.tables import Column, table
 
 _FIGURES = (
     ("Speed of the whole job", "tokens_per_second", "tokens/s"),
+    ("Tokens per CPU second of all ranks", "tokens_per_cpu_second", "tokens/CPU s"),
     ("Model FLOP/s utilisation", "mfu", "MFU"),
     ("Time of a step", "step_seconds", "s"),
     ("Peak memory of a rank", "peak_bytes", "bytes"),
@@ -91,12 +92,14 @@ def _table(group: Group) -> Html:
     points = group.points
     columns = [
         Column("data", [p.mask for p in points]),
-        Column("", [p.variant for p in points]),
+        Column("who", [p.variant for p in points]),
         Column("method", [p.cells[0].text("method") for p in points]),
         Column("ranks", [p.ranks for p in points], ""),
         Column("speed", [p.value for p in points], group.unit, bars=True),
         Column("±", [p.spread for p in points], group.unit),
+        Column("per CPU second", [p.figure("tokens_per_cpu_second") for p in points], "tokens"),
         Column("MFU", [p.figure("mfu") for p in points], "share"),
+        Column("MFU of CPU time", [p.figure("mfu_cpu") for p in points], "share"),
         Column("step", [p.figure("step_seconds") for p in points], "s"),
         Column("CPU time", [p.figure("cpu_seconds") for p in points], "s"),
         Column("peak memory", [p.figure("peak_bytes") for p in points], "bytes"),

@@ -11,6 +11,7 @@ _STEPS = {
     "bytes": ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "share": ((1e-2, "%"),),
     "MFU": ((1e-2, "% MFU"),),
+    "percent": ((1.0, "%"),),
 }
 _LESS_IS_BETTER = ("s", "ms", "us", "µs", "bytes", "relative error", "error")
 
@@ -28,8 +29,7 @@ class Scale:
 
     def with_unit(self, value: float | None) -> str:
         """The value and its unit."""
-        gap = "" if self.unit.startswith("%") else " "
-        return "–" if value is None else f"{self.text(value)}{gap}{self.unit}"
+        return "–" if value is None else f"{self.text(value)} {self.unit}".rstrip()
 
 
 def scale_of(values: Iterable[float | None], unit: str) -> Scale:
@@ -53,9 +53,17 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     if size >= 1e7 or size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
     digits = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def short(value: float) -> str:
+    """A round number, such as a tick of an axis, without zeros that say nothing."""
+    if abs(value) >= 1e7 or 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
+    return f"{round(value, 9):,.10g}".replace("-", "−")
 
 
 def count(value: float) -> str:

@@ -62,9 +62,7 @@ def _figure(name: str, config: Mapping[str, Any], factor: float, rng: random.Ran
         "peak_bytes": 3e7 * rng.uniform(0.5, 2), "wire_bytes": 2e7 * (ranks - 1) / ranks,
         "exposed_share": rng.uniform(0, 0.3) if ranks > 1 else 0.0,
     } | {f"error_{k}": rng.uniform(1, 9) * 1e-7 for k in ("out", "lse", "dq", "dk", "dv")}  # fmt: skip
-    return record(
-        name, config, value=speed, unit="TFLOP/s", spread=0.03 * speed, figures=figures
-    )
+    return record(name, config, value=speed, unit="TFLOP/s", spread=0.03 * speed, figures=figures)
 
 
 def kernels(packs: int = 1) -> Iterator[Record]:
