@@ -84,6 +84,6 @@ class Cell:
 
     def whole(self, key: str) -> int:
         """A value of the config as a whole number; 0 where there is none."""
-        value = self.config.get(key)
+        value: Any = self.config.get(key)
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         return int(value) if plain and abs(value) < 1e18 else 0

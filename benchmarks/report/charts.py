@@ -118,15 +118,16 @@ def lines_chart(
     up = plot.axis(ys, bottom, 24, zero=not steps)
     left = max(plot.width_of(label) for _, label in up.ticks) + 16
     xs = [x for line in lines for x, _ in line.points]
-    make = plot.axis if steps else plot.powers_axis
-    across = make(xs, left + 6, plot.WIDTH - 18)
+    start, stop = left + 6, plot.WIDTH - 18
+    across = plot.axis(xs, start, stop, log=False) if steps else plot.powers_axis(xs, start, stop)
     parts = [_frame(across, up, left, bottom)]
     parts.append(plot.text(2, 12, scale.unit + (", log scale" if up.log else ""), class_="unit"))
     middle = (left + plot.WIDTH - 18) / 2
     parts.append(plot.text(middle, _LINES_HEIGHT - 8, x_label, "middle", "unit"))
     parts += [_line(line, across, up, scale, marks=not steps) for line in lines]
     low, high = (scale.with_unit(edge * scale.divisor) for edge in (min(ys), max(ys)))
-    description = f"Lines of {', '.join(line.name for line in lines)}; {low} to {high}"
+    names = ", ".join(dict.fromkeys(line.name for line in lines))
+    description = f"Lines of {names}; {low} to {high}"
     return plot.figure(title, description, _LINES_HEIGHT, *parts)
 
 

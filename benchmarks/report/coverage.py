@@ -37,7 +37,7 @@ def coverage(suite: str, cells: Sequence[Cell]) -> Html:
     )
     absent = None
     if missing:
-        text = f"{units.count(len(missing))} combinations are not in these results"
+        text = f"Not in these results: {units.counted(len(missing), 'combination')}"
         absent = folded(text, paragraph(list_limited(missing, 400)))
     if len(rows) > MOST_ROWS:
         left = f"{len(rows) - MOST_ROWS:,} more rows are left out here."
@@ -148,5 +148,6 @@ def reasons(cells: Iterable[Cell]) -> Html:
         paragraph(f"{rest:,} more reasons are in the files.", class_="note") if rest > 0 else None
     )
     total = sum(len(cases) for cases in found.values())
-    title = f"Why there is no figure: {total:,} cases, {len(ordered):,} reasons"
+    counts = f"{units.counted(total, 'case')}, {units.counted(len(ordered), 'reason')}"
+    title = f"Why there is no figure: {counts}"
     return folded(title, element("ul", *items, class_="reasons"), note, opened=len(ordered) <= 12)

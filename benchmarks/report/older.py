@@ -47,6 +47,7 @@ def _kernels(record: Record) -> tuple[dict[str, Any], dict[str, float | None]]:
 def _measured(record: Record) -> tuple[dict[str, Any], dict[str, float | None]]:
     config = dict(record.config) | {"direction": "both"}
     config["layout"] = config.get("how") if config.get("contender") == "ringattn" else None
+    config["quantity"] = "CPU seconds of all ranks"
     words = record.case.split("-")
     if config.get("ranks") and f"p{config['ranks']}" in words:
         config["dtype"] = words[words.index(f"p{config['ranks']}") - 1]

@@ -50,7 +50,8 @@ def summary(loaded: Loaded, cells: Sequence[Cell]) -> Html:
     ]
     note = None
     if loaded.replaced:
-        text = f"{loaded.replaced:,} records were left out: later ones hold the same cases."
+        were = "record was" if loaded.replaced == 1 else "records were"
+        text = f"{loaded.replaced:,} {were} left out: later ones hold the same cases."
         note = paragraph(text, class_="note")
     return joined(
         element("p", *[part for tag in tags for part in (tag, " ")], class_="tags"),

@@ -43,6 +43,8 @@ def report(
     Raises:
         UserError: see `ringattn.benchmarks.report.load.load`.
     """
+    if plans < 0:
+        raise UserError(f"plans={plans}", "must be at least 0", "pass 0 for none")
     loaded = load(paths)
     cells = [cell_of(record) for record in loaded.records]
     sections = [("findings", "What it says", findings(cells)), *_suites(cells)]

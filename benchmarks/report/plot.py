@@ -75,7 +75,7 @@ def axis(
     positive = [value for value in known if value > 0]
     if log and positive and low >= 0 and positive[0] * 40 < high:
         return _log_axis(positive[0], high, start, stop, most)
-    base = min(low, 0.0) if zero else low
+    base, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     step = _round_step(max(high - base, abs(high) * 1e-3, 1e-12) / most)
     base = math.floor(base / step + 1e-9) * step
     top = max(math.ceil(high / step - 1e-9) * step, base + step)

@@ -188,6 +188,7 @@ def setting(cell: Cell) -> str:
         f"batch {cell.text('batch')}" if cell.whole("batch") > 1 else "",
         f"{cell.text('lengths')} documents" if cell.text("lengths") else "",
         _model(cell.config.get("model")),
+        cell.text("quantity"),
         cell.device,
     ]
     return " · ".join(part for part in parts if part)

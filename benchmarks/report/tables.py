@@ -60,7 +60,7 @@ def table(columns: Sequence[Column], *, summary: str, most: int = MOST_ROWS) -> 
     if rows > most:
         left = f"{rows - most:,} of {rows:,} rows are left out here; the files hold all of them."
         note = paragraph(left, class_="note")
-    title = f"{summary} ({units.count(rows)} row{'s' * (rows != 1)})"
+    title = f"{summary} ({units.counted(rows, 'row')})"
     return folded(title, note, scrolled(whole), opened=rows <= OPEN_ROWS)
 
 

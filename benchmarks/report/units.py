@@ -71,6 +71,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def counted(value: int, word: str) -> str:
+    """A number of things: "1 case", "2 cases"."""
+    return f"{value:,} {word}{'s' * (value != 1)}"
+
+
 def tokens(value: int) -> str:
     """A sequence length: 128K, 1M, or the number itself."""
     for size, suffix in ((1 << 20, "M"), (1 << 10, "K")):

@@ -21,7 +21,17 @@ SCALED = ("causal", "documents_causal", "window_causal")
 
 def record(name: str, config: Mapping[str, Any], **values: Any) -> Record:
     """A record whose case is made of its config."""
-    keys = ("contender", "mask", "method", "layout", "ranks", "kernel", "direction", "pack", "kind")
+    keys = (
+        "contender",
+        "mask",
+        "method",
+        "layout",
+        "ranks",
+        "kernel",
+        "direction",
+        "pack",
+        "scaling",
+    )
     words = [str(config[key]) for key in (*keys, "links") if key in config]
     given = {"value": None, "unit": "TFLOP/s", "hardware": CPU, "versions": VERSIONS} | values
     return Record(name=name, case="-".join(words), commit=COMMIT, config=config, **given)
@@ -61,7 +71,9 @@ def _figure(name: str, config: Mapping[str, Any], factor: float, rng: random.Ran
         "seconds": seconds, "cpu_seconds": 0.97 * seconds, "tflops": speed, "area": area,
         "peak_bytes": 3e7 * rng.uniform(0.5, 2), "wire_bytes": 2e7 * (ranks - 1) / ranks,
         "exposed_share": rng.uniform(0, 0.3) if ranks > 1 else 0.0,
-    } | {f"error_{k}": rng.uniform(1, 9) * 1e-7 for k in ("out", "lse", "dq", "dk", "dv")}  # fmt: skip
+    }  # fmt: skip
+    for part in ("out", "lse", "dq", "dk", "dv"):
+        figures[f"error_{part}"] = rng.uniform(1, 9) * 1e-7
     return record(name, config, value=speed, unit="TFLOP/s", spread=0.03 * speed, figures=figures)
 
 
@@ -100,8 +112,9 @@ def masks(packs: int = 1) -> Iterator[Record]:
 def train() -> Iterator[Record]:
     """The suite train: loss curves of three contenders, and one that is not installed."""
     common = {
-        "suite": "train", "mask": "documents_causal", "seq_len": 8192, "ranks": 2, "dtype": "float32",
-        "device": "cpu", "simulated": False, "command": "ringattn bench train", "model": "tiny",
+        "suite": "train", "mask": "documents_causal", "seq_len": 8192, "ranks": 2,
+        "dtype": "float32", "device": "cpu", "simulated": False, "command": "ringattn bench train",
+        "model": {"layers": 2, "dim": 64},
     }  # fmt: skip
     for number, name in enumerate(("ringattn", "pytorch_fsdp2", "deepspeed_ulysses")):
         rng = random.Random(name)
@@ -109,7 +122,8 @@ def train() -> Iterator[Record]:
         config = common | {"contender": name, "method": "auto", "losses": losses}
         figures = {
             "tokens_per_second": 9000 - 1500 * number, "mfu": 0.41 - 0.06 * number,
-            "loss": losses[-1], "step_seconds": 0.9 + 0.2 * number, "peak_bytes": 4e8 * (1 + number),
+            "loss": losses[-1], "step_seconds": 0.9 + 0.2 * number,
+            "peak_bytes": 4e8 * (1 + number),
         }  # fmt: skip
         yield record(
             "bench.train", config, value=9000.0 - 1500 * number, unit="tokens/s", spread=40.0,
@@ -133,7 +147,7 @@ def _scaled(mask: str, method: str, number: int, kind: str, gpus: int) -> Iterat
     simulated = gpus > 4
     seq_len = 16384 * gpus if kind == "weak" else 1 << 20
     config = {
-        "suite": "scaling", "mask": mask, "method": method, "ranks": gpus, "kind": kind,
+        "suite": "scaling", "mask": mask, "method": method, "ranks": gpus, "scaling": kind,
         "seq_len": seq_len, "simulated": simulated, "links": "as they are",
         "command": "ringattn bench scaling --simulate",
     }  # fmt: skip
@@ -164,9 +178,9 @@ def simulated() -> Iterator[Record]:
             )
 
 
-def all_suites() -> list[Record]:
+def all_suites(masks_of_methods: Sequence[str] = NAMES) -> list[Record]:
     """Every suite, and a record of a benchmark that is none of them."""
-    suites = (kernels(), methods(), masks(), train(), scaling(), simulated())
+    suites = (kernels(), methods(masks=masks_of_methods), masks(), train(), scaling(), simulated())
     other = record("planning", {"mask": "causal", "tasks": 12}, value=2.5, unit="ms", spread=0.1)
     return [one for suite in suites for one in suite] + [other]
 
