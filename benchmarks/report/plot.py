@@ -60,7 +60,7 @@ def axis(
     log: bool = True,
     most: int = 4,
 ) -> Axis:
-    """An axis over values: logarithmic where they differ by more than a factor of 40.
+    """An axis over values: logarithmic where all are positive and differ 40 times.
 
     Args:
         values: at least one.
@@ -72,9 +72,8 @@ def axis(
     """
     known = sorted(values)
     low, high = known[0], known[-1]
-    positive = [value for value in known if value > 0]
-    if log and positive and low >= 0 and positive[0] * 40 < high:
-        return _log_axis(positive[0], high, start, stop, most)
+    if log and 0 < 40 * low < high:
+        return _log_axis(low, high, start, stop, most)
     base, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     step = _round_step(max(high - base, abs(high) * 1e-3, 1e-12) / most)
     base = math.floor(base / step + 1e-9) * step
