@@ -216,7 +216,7 @@ def _points_table(group: Group, rows: int) -> Html:
             "speed" if group.unit == "TFLOP/s" else "figure", [p.value for p in points], group.unit,
             bars=True,
         ),
-        Column("±", [p.spread for p in points], group.unit),
+        Column("±", [p.spread for p in points], group.unit, like=[p.value for p in points]),
         Column(f"of {' or '.join(sorted(base))}", [group.ratio(p) for p in points], "share"),
         Column("CPU time/one process", [p.figure("cpu_ratio") for p in points], ""),
         Column("time", [p.figure("seconds") for p in points], "s"),

@@ -28,16 +28,22 @@ def simulated_section(cells: Sequence[Cell]) -> Html:
         for ranks in group.ranks
         for direction in group.directions
     ]
-    middle = [
-        f"{unit}: median {units.number(value)}"
-        for unit in dict.fromkeys(c.record.unit for c in cells)
-        if (value := median(c.record.value for c in cells if c.record.unit == unit)) is not None
-    ]
+    middle = [_middle(unit, cells) for unit in dict.fromkeys(c.record.unit for c in cells)]
     return joined(
-        element("p", f"{units.count(len(cells))} cells. ", "; ".join(middle)),
+        element("p", f"{units.count(len(cells))} cells. ", "; ".join(text for text in middle if text)),
         plot.legend(names), plot.panels([c for c in charts if c]), plain_tables(cells),
         element("h3", "Coverage"), coverage("simulated", cells),
     )  # fmt: skip
+
+
+def _middle(unit: str, cells: Sequence[Cell]) -> str:
+    """The median, and of signed errors that of their sizes."""
+    values = [c.record.value for c in cells if c.record.unit == unit and c.record.value is not None]
+    middle, size = median(values), median(abs(value) for value in values)
+    if middle is None or size is None:
+        return ""
+    text = f"{unit}: median {units.number(middle)}"
+    return f"{text}, median size {units.number(size)}" if min(values) < 0 else text
 
 
 def _chart(group: Group, ranks: int, direction: str, names: Sequence[str]) -> Html:
@@ -52,7 +58,7 @@ def _chart(group: Group, ranks: int, direction: str, names: Sequence[str]) -> Ht
 def _marks(points: Iterable[Point], names: Sequence[str]) -> list[Mark]:
     return [
         Mark(
-            names.index(point.variant), point.value, point.spread,
+            names.index(point.variant), point.value, None,
             f"{point.mask}, {point.variant}: {units.number(point.value)}",
         )
         for point in points
@@ -73,7 +79,12 @@ def plain_tables(cells: Sequence[Cell]) -> Html:
         columns = [
             Column("case", [cell.record.case for cell in part]),
             Column("figure", [cell.record.value for cell in part], unit, bars=True),
-            Column("±", [cell.record.spread for cell in part], unit),
+            Column(
+                "±",
+                [cell.record.spread for cell in part],
+                unit,
+                like=[c.record.value for c in part],
+            ),
             *_figures(part),
             *_settings(part),
             Column("no figure", [cell.record.reason[:240] for cell in part]),

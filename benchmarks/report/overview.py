@@ -7,8 +7,9 @@ from typing import Any
 from ringattn.benchmarks.report import units
 from ringattn.benchmarks.report.cells import SUITES, Cell
 from ringattn.benchmarks.report.load import Loaded
-from ringattn.benchmarks.report.markup import Html, element, joined, paragraph
+from ringattn.benchmarks.report.markup import Html, element, folded, joined, paragraph
 from ringattn.benchmarks.report.tables import list_limited, scrolled
+from ringattn.benchmarks.report.units import counted
 
 MOST_COMMANDS, MOST_MACHINES = 60, 40
 
@@ -107,16 +108,26 @@ def _commit(commit: str | None) -> str:
 
 
 def commands(cells: Sequence[Cell]) -> Html:
-    """The commands that repeat the runs."""
+    """The commands that repeat the runs: whole suites, then parts of them, folded away."""
     found = Counter(cell.text("command") for cell in cells if cell.text("command"))
     if not found:
         return paragraph(
             "These records name no commands; see the benchmarks' README for the scripts: ",
             list_limited(list(dict.fromkeys(cell.record.name for cell in cells)), 40), ".",
         )  # fmt: skip
+    whole: Counter[str] = Counter()
+    for command, number in found.items():
+        whole[command.partition(" --masks ")[0]] += number
+    parts = Counter({name: number for name, number in found.items() if name not in whole})
+    more = folded(f"Commands of parts ({len(parts):,})", _listed(parts)) if parts else None
+    return joined(_listed(whole), more)
+
+
+def _listed(found: Counter[str]) -> Html:
+    """Commands with the number of records that they repeat, most first."""
     items = [
-        element("li", element("code", command), element("small", f" {count:,} records"))
-        for command, count in found.most_common(MOST_COMMANDS)
+        element("li", element("code", command), " ", element("small", counted(number, "record")))
+        for command, number in found.most_common(MOST_COMMANDS)
     ]
     left = len(found) - MOST_COMMANDS
     rest = f"{left:,} more commands are in the files."

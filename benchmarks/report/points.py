@@ -143,7 +143,7 @@ class Group:
                 found = self.best(point.mask, variant, ranks, point.direction)
                 if found is not None and found.value:
                     return found
-        found = self._alone.get((point.mask, point.direction))
+        found = self._alone.get((point.mask, point.direction)) if self.ranks[-1] > 1 else None
         return found if found is not None and found.value else None
 
     @cached_property

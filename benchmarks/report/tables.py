@@ -25,12 +25,14 @@ class Column:
         values: of every row, None where there is none; numbers in `unit`.
         unit: as in a record; None for words.
         bars: whether numbers have bars behind them, in proportion.
+        like: numbers of another column, whose unit this one shares.
     """
 
     head: str
     values: Sequence[float | str | None]
     unit: str | None = None
     bars: bool = False
+    like: Sequence[float | str | None] | None = None
 
 
 def table(columns: Sequence[Column], *, summary: str, most: int = MOST_ROWS) -> Html:
@@ -71,7 +73,8 @@ def _column(column: Column, most: int) -> tuple[Html, list[Html]]:
         cells = [element("td", "" if value is None else value) for value in shown]
         return element("th", column.head, scope="col"), cells
     numbers = [value for value in column.values if isinstance(value, int | float)]
-    scale = units.scale_of(numbers, column.unit)
+    fitted = column.values if column.like is None else column.like
+    scale = units.scale_of((v for v in fitted if isinstance(v, int | float)), column.unit)
     largest = max(numbers, default=0) if min(numbers, default=0) >= 0 else 0
     whole = scale.divisor == 1 and all(float(value).is_integer() for value in numbers)
     cells = []

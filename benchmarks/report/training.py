@@ -96,7 +96,7 @@ def _table(group: Group) -> Html:
         Column("method", [p.cells[0].text("method") for p in points]),
         Column("ranks", [p.ranks for p in points], ""),
         Column("speed", [p.value for p in points], group.unit, bars=True),
-        Column("±", [p.spread for p in points], group.unit),
+        Column("±", [p.spread for p in points], group.unit, like=[p.value for p in points]),
         Column("per CPU second", [p.figure("tokens_per_cpu_second") for p in points], "tokens"),
         Column("MFU", [p.figure("mfu") for p in points], "share"),
         Column("MFU of CPU time", [p.figure("mfu_cpu") for p in points], "share"),
