@@ -30,7 +30,7 @@ def simulated_section(cells: Sequence[Cell]) -> Html:
     ]
     middle = [_middle(unit, cells) for unit in dict.fromkeys(c.record.unit for c in cells)]
     return joined(
-        element("p", f"{units.count(len(cells))} cells. ", "; ".join(text for text in middle if text)),
+        element("p", f"{units.counted(len(cells), 'cell')}. ", "; ".join(filter(None, middle))),
         plot.legend(names), plot.panels([c for c in charts if c]), plain_tables(cells),
         element("h3", "Coverage"), coverage("simulated", cells),
     )  # fmt: skip
