@@ -54,22 +54,22 @@ class RingFlashAttention:
         positions = np.arange(rank * rows, (rank + 1) * rows)
         if case.pattern == CAUSAL:
             positions = zigzag_positions(case.seq_len, rank, world)
-            note = "zigzag_ring_flash_attn_func"
-
-            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                return rfa.zigzag_ring_flash_attn_func(q, k, v, causal=True)
-
+            attend, note = _zigzag(rfa), "zigzag_ring_flash_attn_func"
         elif case.pattern == FULL:
-            note = "ring_flash_attn_func"
-
-            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                return rfa.ring_flash_attn_func(q, k, v, causal=False)
-
+            attend, note = _ring(rfa), "ring_flash_attn_func"
         else:
             attend = _llama3(rfa, case, shape, rank, world)
             note = "llama3_flash_attn_varlen_func, one key head at a time"
         inputs = rows_at(shape.inputs(case.seq_len), positions)
         return prepare_autograd(positions, attend, inputs, note)
+
+
+def _zigzag(rfa: Any) -> Attend:
+    return lambda q, k, v: rfa.zigzag_ring_flash_attn_func(q, k, v, causal=True)
+
+
+def _ring(rfa: Any) -> Attend:
+    return lambda q, k, v: rfa.ring_flash_attn_func(q, k, v, causal=False)
 
 
 def _llama3(rfa: Any, case: MaskCase, shape: Shape, rank: int, world: int) -> Attend:

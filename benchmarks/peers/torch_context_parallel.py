@@ -70,7 +70,7 @@ class TorchContextParallel:
             (mask,) = cp._context_parallel_shard(mesh, (mask,), (2,), balancer)
             module, note = _flex_module(shape, mask), "FlexAttention, block mask"
         kind = cp._ContextParallel.AttentionType[self.attention.upper()]
-        torch.distributed.tensor.parallel.parallelize_module(
+        importlib.import_module("torch.distributed.tensor.parallel").parallelize_module(
             module, mesh, cp._ContextParallel(seq_dim=2, attention_type=kind)
         )
         tokens = torch.arange(case.seq_len, device=shape.device)[None]
@@ -83,7 +83,7 @@ class TorchContextParallel:
         local = tuple(x.transpose(1, 2).contiguous() for x in inputs)
         note += f", {type(balancer).__name__.strip('_')}" if balancer else ", contiguous"
         positions = held[0].long().cpu().numpy()
-        return prepare_autograd(positions, attend, local, note, counted=False)  # pyright: ignore[reportArgumentType]
+        return prepare_autograd(positions, attend, local, note, counted=False)
 
 
 def _sdpa_mask_refusal(case: MaskCase, world: int) -> str | None:

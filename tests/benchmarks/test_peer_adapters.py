@@ -41,7 +41,8 @@ MASKS: dict[str, Mask] = {
     "global_sliding": ra.masks.global_sliding(S, 11),
     "prefix_lm": ra.masks.prefix_lm(S, 29),
     "streaming": ra.masks.streaming(S, 3, 17),
-    "strided": ra.masks.dual_scope(S, 16, 5, 7),
+    "dual_scope": ra.masks.dual_scope(S, 16, 5, 7),
+    "strided": ra.masks.neighborhood((S,), 5, dilation=3),
     "blocks": ra.masks.blocks(np.eye(6, dtype=bool)[[0, 1, 2, 3, 1, 5]], 16, 16),
     "per_head": ra.masks.per_head([(1, ra.masks.causal(S)), (3, ra.masks.streaming(S, 4, 9))]),
 }
@@ -203,25 +204,22 @@ def test_the_pattern_of_a_mask_is_read_off_its_bands(
 
 
 def test_blocks_selected_at_run_time_are_no_mask_for_peers() -> None:
-    routed = ra.routing.top_k_mask(S, 16, 2) if hasattr(ra, "routing") else None
-    if routed is None:
-        pytest.skip("no run-time mask by this name")
-    case = case_of_mask(routed)
+    case = case_of_mask(ra.masks.routed(ra.masks.causal(S), block_k=16, top_k=2))
     assert "run time" in (case.unfit or "")
+    for contender in (ZigzagRing(), YARDSTICK, TorchContextParallel("flex")):
+        assert contender.refusal(case, SHAPE, 1) == case.unfit
 
 
-def _forward(
-    rank: int, world: int, group: dist.ProcessGroup, attention: str, masks: list[Mask]
-) -> list[Checked]:
-    """Forward passes alone of PyTorch's context parallel, which has no backward on a CPU."""
+def _forward(rank: int, world: int, group: dist.ProcessGroup) -> list[Checked]:
+    """Forward passes alone: FlexAttention has no backward on a CPU."""
     del group
     from torch.distributed.tensor.experimental._context_parallel import _attention
     from torch.nn.attention.flex_attention import create_block_mask
 
     _attention._compiled_create_block_mask = create_block_mask  # compiling it takes a minute
     found = []
-    for mask in masks:
-        made = TorchContextParallel(attention).prepare(case_of_mask(mask), SHAPE, rank, world)
+    for mask in FLEX:
+        made = TorchContextParallel("flex").prepare(case_of_mask(mask), SHAPE, rank, world)
         assert made.forward is not None
         with torch.no_grad():
             out = made.forward()[0].contiguous().numpy()
@@ -239,10 +237,9 @@ FLEX = [
 ]
 
 
-@pytest.mark.parametrize("attention, masks", [("flex", FLEX), ("sdpa", [ra.masks.full(LONG)])])
-def test_torch_context_parallel_attends_as_the_mask_says(attention: str, masks: list[Mask]) -> None:
-    ranks = run_ranks(2, _forward, attention, masks)
-    for index, mask in enumerate(masks):
+def test_flex_attention_under_context_parallel_attends_as_the_mask_says() -> None:
+    ranks = run_ranks(2, _forward)
+    for index, mask in enumerate(FLEX):
         (out,) = assemble([found[index] for found in ranks], LONG)
         want = blocked_reference(SHAPE.inputs(LONG), mask)[0]
         assert float((out.double() - want).norm() / want.norm()) < 2e-6, mask.name

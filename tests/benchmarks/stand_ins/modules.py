@@ -6,6 +6,7 @@ TransformerEngine 2.20. What their adapters must do is what the real packages as
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -64,7 +65,7 @@ def llama3_flash_attn_prepare_cu_seqlens(
     rows = edges[-1] // world_size
     first, stop = rank * rows, (rank + 1) * rows
     q, k, start = [0], [0], None
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         if a < stop and b > first:
             start = a if start is None else start
             q.append(min(b, stop) - first)
@@ -105,7 +106,7 @@ def llama3_flash_attn_varlen_func(
 class LongContextAttention(torch.nn.Module):
     """Stand-in of yunchang's layer; degrees are global state, as in the package."""
 
-    degrees = (1, 1)
+    degrees: tuple[int, int] = (1, 1)
 
     def __init__(self, ring_impl_type: str = "basic", attn_type: Any = None) -> None:
         super().__init__()

@@ -25,6 +25,12 @@ class _Gather(torch.autograd.Function):
         return total[dist.get_rank()]
 
 
+def _gathered(x: torch.Tensor) -> torch.Tensor:
+    parts = _Gather.apply(x)
+    assert isinstance(parts, torch.Tensor)
+    return torch.cat(list(parts), 1)
+
+
 def attend_whole(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -36,11 +42,11 @@ def attend_whole(
 
     `allowed` says which of (queries, 1) may attend which of (1, keys) global tokens.
     """
-    k, v = ([*_Gather.apply(x)] for x in (k, v))
+    k, v = (_gathered(x) for x in (k, v))
     keys = torch.cat(tokens)
     mine = tokens[dist.get_rank()]
     seen = allowed(mine[:, None], keys[None]) & (keys >= 0)[None] & (mine >= 0)[:, None]
-    return dense(q, torch.cat(k, 1), torch.cat(v, 1), seen)
+    return dense(q, k, v, seen)
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
