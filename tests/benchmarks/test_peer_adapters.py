@@ -2,6 +2,7 @@
 
 import functools
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -147,8 +148,8 @@ def test_what_a_kernel_cannot_is_refused_with_what_it_says() -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("only fp16 and bf16\nmore")
 
-    with stand_ins(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flash_attn.flash_attn_func", fail)
+    with stand_ins(), pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr("flash_attn.flash_attn_func", fail)
         for contender in (RingFlashAttention(), USP()):
             reason = contender.refusal(_case("causal"), SHAPE, 2)
             assert reason == "flash_attn on cpu in torch.float32: RuntimeError: only fp16 and bf16"
@@ -214,9 +215,15 @@ def _forward(rank: int, world: int, group: dist.ProcessGroup) -> list[Checked]:
     """Forward passes alone: FlexAttention has no backward on a CPU."""
     del group
     from torch.distributed.tensor.experimental._context_parallel import _attention
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention import flex_attention
 
-    _attention._compiled_create_block_mask = create_block_mask  # compiling it takes a minute
+    # Compiling it takes a minute. The inputs want gradients, which the op refuses to make here.
+    _attention._compiled_create_block_mask = flex_attention.create_block_mask
+    with patch.object(flex_attention, "_validate_device", lambda *_: None):
+        return _forwards(rank, world)
+
+
+def _forwards(rank: int, world: int) -> list[Checked]:
     found = []
     for mask in FLEX:
         made = TorchContextParallel("flex").prepare(case_of_mask(mask), SHAPE, rank, world)
