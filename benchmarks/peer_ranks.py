@@ -9,7 +9,7 @@ import multiprocessing as mp
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -81,13 +81,28 @@ class Forget:
 Request = Prepare | Time | Forget
 
 
+Answer = Callable[[Any, int, int, dict[str, Any]], Any]
+"""Answers a request on a rank: request, rank, world, and what is kept between requests."""
+
+
 class RankPool:
     """`world` processes that serve requests, with `threads` each. Use as a context manager.
 
-    They talk over gloo, or over NCCL with one GPU each where the device is "cuda".
+    Args:
+        device: they talk over gloo, or over NCCL with one GPU each where it is "cuda".
+        answer: a function at module level, called on every rank for each request; by default that
+            of `Prepare`, `Time` and `Forget`.
+        timeout: of the default group.
     """
 
-    def __init__(self, world: int, threads: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        world: int,
+        threads: int = 1,
+        device: str = "cpu",
+        answer: Answer | None = None,
+        timeout: timedelta = GROUP_TIMEOUT,
+    ) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -101,7 +116,7 @@ class RankPool:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world, threads, device, self._store.port, there),
+                args=(rank, world, threads, device, self._store.port, there, answer, timeout),
                 daemon=True,
             )
             process.start()
@@ -115,7 +130,7 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def ask(self, request: Request, timeout: float) -> list[Any]:
+    def ask(self, request: Any, timeout: float) -> list[Any]:
         """Every rank's answer, in rank order. Raises PoolError, after which the pool is dead."""
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
@@ -157,24 +172,31 @@ def _unpack(rank: int, answer: tuple[bool, Any]) -> Any:
     return payload
 
 
-def _serve(rank: int, world: int, threads: int, device: str, port: int, pipe: Connection) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    threads: int,
+    device: str,
+    port: int,
+    pipe: Connection,
+    answer: Answer | None,
+    timeout: timedelta,
+) -> None:
     torch.set_num_threads(threads)
     exit_with_parent()
     if device == "cuda":
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT
-    )
-    prepared: dict[str, Prepared] = {}
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    kept: dict[str, Any] = {}
     while True:
         try:
             request = pipe.recv()
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, _answer(request, rank, world, prepared)))
+            pipe.send((True, (answer or _answer)(request, rank, world, kept)))
         except Exception:  # the parent reports it and ends the pool
             pipe.send((False, traceback.format_exc()))
 
