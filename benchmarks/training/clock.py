@@ -15,20 +15,28 @@ STEP = "step"
 class StepClock:
     """Times the steps of one rank, from the end of one to the end of the next.
 
-    A step so holds all that a run does for it, waiting for data included. On CUDA the peak of
-    allocated bytes of the measured steps is taken too.
+    A step so holds all that a run does for it, waiting for data included. CPU time is also counted
+    while the rank waits for its turn to begin the step: what threads prepare meanwhile is of it.
+    On CUDA the peak of allocated bytes of the measured steps is taken too.
 
     Args:
         steps: of the run. warmup: of them, not measured.
         device: of the rank.
         part: as in `ringattn.benchmarks.memory_trace.MemoryTrace`: each step is a part `STEP`.
+        turn: called before each step, returns when the step may begin.
     """
 
     def __init__(
-        self, steps: int, warmup: int, device: torch.device, part: Part | None = None
+        self,
+        steps: int,
+        warmup: int,
+        device: torch.device,
+        part: Part | None = None,
+        turn: Callable[[], None] | None = None,
     ) -> None:
         self._steps, self._warmup, self._device = steps, warmup, device
         self._part: Part = part or (lambda _: nullcontext())
+        self._turn = turn or (lambda: None)
         self._open = ExitStack()
         self._wall = self._cpu = 0.0
         self._losses: list[float] = []
@@ -47,6 +55,7 @@ class StepClock:
 
     def begin(self) -> None:
         """The first step begins."""
+        self._cpu = time.process_time()
         self._next()
 
     def tick(self, loss: float) -> None:
@@ -56,7 +65,9 @@ class StepClock:
             loss: mean over the step's counted tokens of all ranks.
         """
         self._wall_s.append(time.perf_counter() - self._wall)
-        self._cpu_s.append(time.process_time() - self._cpu)
+        cpu = time.process_time()
+        self._cpu_s.append(cpu - self._cpu)
+        self._cpu = cpu
         self._losses.append(loss)
         self._open.close()
         if not self.done:
@@ -75,5 +86,6 @@ class StepClock:
     def _next(self) -> None:
         if self._device.type == "cuda" and len(self._losses) == self._warmup:
             torch.cuda.reset_peak_memory_stats(self._device)
+        self._turn()
         self._open.enter_context(self._part(STEP))
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall = time.perf_counter()

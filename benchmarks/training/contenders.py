@@ -1,6 +1,6 @@
 """The contenders by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -23,6 +23,11 @@ class Contender(Protocol):
         """Unique in a comparison."""
         ...
 
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Values of the configuration that are its own, by dotted key."""
+        ...
+
     def world(self, case: TrainCase) -> int:
         """How many ranks it runs."""
         ...
@@ -40,35 +45,38 @@ class Contender(Protocol):
         ...
 
 
-KINDS: Mapping[str, Callable[[str, Mapping[str, Any]], Contender]] = MappingProxyType(
+_FULL = {"parallel.engine": "fsdp", "memory.checkpointing": "full"}
+_KEPT = {"parallel.engine": "fsdp", "memory.checkpointing": "attention"}
+_LONG = {**_FULL, "memory.offload": True, "memory.token_tile": 4096}
+
+# What ran to its end first is what the losses of the others are held against: plain PyTorch.
+CONTENDERS: Mapping[str, Contender] = MappingProxyType(
     {
-        "ringattn": lambda name, values: Ours(name=name, overrides=values),
-        "pytorch, one process": lambda name, values: PlainTorch(
-            name=name, sharded=False, overrides=values
-        ),
-        "pytorch, fsdp2": lambda name, values: PlainTorch(
-            name=name, sharded=True, overrides=values
-        ),
-        "deepspeed_ulysses": lambda name, values: Ulysses(name=name, overrides=values),
+        made.name: made
+        for made in (
+            PlainTorch(name="pytorch, one process", sharded=False),
+            PlainTorch(name="pytorch, fsdp2", sharded=True),
+            Ulysses(name="deepspeed_ulysses"),
+            Ours(name="ringattn", overrides={"parallel.engine": "ddp"}),
+            Ours(name="ringattn, fsdp + full checkpointing", overrides=_FULL),
+            Ours(name="ringattn, fsdp + attention kept", overrides=_KEPT),
+            Ours(name="ringattn, fsdp + full checkpointing, offload, tiles", overrides=_LONG),
+        )
     }
 )
 
 
-def contender(name: str, overrides: Mapping[str, Any] | None = None) -> Contender:
-    """The contender of a name: one of `KINDS`, alone or followed by a comma and what is special.
-
-    Args:
-        name: such as ``"ringattn, fsdp + full checkpointing"``.
-        overrides: values of its configuration, by dotted key.
+def contenders(names: Sequence[str]) -> list[Contender]:
+    """The contenders of these names, in the order of `CONTENDERS`; "all" is all of them.
 
     Raises:
-        UserError: no kind has that name.
+        UserError: an unknown name.
     """
-    for kind, make in KINDS.items():
-        if name == kind or name.startswith(f"{kind}, "):
-            return make(name, dict(overrides or {}))
-    raise UserError(
-        f"contenders: {name!r}",
-        "is no contender",
-        f"begin it with one of {', '.join(map(repr, KINDS))}",
-    )
+    for name in names:
+        if name != "all" and name not in CONTENDERS:
+            raise UserError(
+                f"train.contenders: {name!r}",
+                "is no contender",
+                f"use some of all, {', '.join(map(repr, CONTENDERS))}",
+            )
+    return [made for name, made in CONTENDERS.items() if name in names or "all" in names]

@@ -1,4 +1,7 @@
-"""Process groups: ranks that are started for one piece of work, and ended with it."""
+"""Process groups: ranks that are started for one piece of work, and ended with it.
+
+Several groups may take turns on one machine: what disturbs it then disturbs all of them alike.
+"""
 
 import multiprocessing as mp
 import os
@@ -6,6 +9,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -20,12 +24,16 @@ from ringattn.launch.ranks import Ranks
 from ringattn.parallel.processes import exit_with_parent
 
 Body = Callable[..., Any]
-"""(ranks, store, *arguments) -> what the rank answers; at module level, it travels by pickle."""
+"""(ranks, store, turn, *arguments) -> the rank's answer. At module level: it travels by pickle.
 
+``turn()`` returns when it is this group's turn: of several groups one works at a time.
+"""
+
+_PRELOADED = ("torch._dynamo", "torch.distributed.fsdp", "ringattn.launch.trainer")
 _GRACE_S = 3.0  # that other ranks get to say what they saw when one has failed
 # Idle OpenMP threads must sleep, or waiting would count as CPU time. The profiler that traces
 # memory says when it starts.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KINETO_LOG_LEVEL": "5"}
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KINETO_LOG_LEVEL": "6"}
 
 
 class GroupError(RuntimeError):
@@ -54,26 +62,26 @@ _OUT_OF_MEMORY, _REFUSED, _DIED, _RAISED, _SILENT = range(5)
 """Of several ranks' failures the first of these is the cause: peers of a dead rank raise too."""
 
 
-def run_group(world: int, body: Body, *arguments: Any, timeout: float) -> list[Any]:
-    """Runs ``body(ranks, store, *arguments)`` in `world` new processes of this host.
+class Group:
+    """Runs ``body(ranks, store, turn, *arguments)`` in `world` new processes of this host.
+
+    Use as a context manager: it ends the processes. Call `hear` and `go` in turn.
 
     Args:
         world: number of processes.
         body: what each does.
         arguments: picklable.
-        timeout: seconds after which the processes are killed.
-
-    Returns:
-        What the ranks returned, in their order.
-
-    Raises:
-        GroupError: a rank raised, died or took longer; none is left.
+        timeout: seconds after which ranks that say nothing are given up.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    pipes: list[Connection] = []
-    processes: list[Any] = []
-    try:
+
+    def __init__(self, world: int, body: Body, *arguments: Any, timeout: float) -> None:
+        self._timeout = timeout
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        # Each rank is a cheap fork of a server that has imported what they need.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(list(_PRELOADED))
         with mock.patch.dict(os.environ, _ENVIRONMENT):
             for rank in range(world):
                 here, there = context.Pipe()
@@ -82,48 +90,62 @@ def run_group(world: int, body: Body, *arguments: Any, timeout: float) -> list[A
                 )
                 process = context.Process(
                     target=_serve,
-                    args=(place, store.port, there, timeout, body, arguments),
+                    args=(place, self._store.port, there, timeout, body, arguments),
                     daemon=True,
                 )
                 process.start()
                 there.close()
-                pipes.append(here)
-                processes.append(process)
-        return _collect(pipes, processes, timeout)
-    finally:
-        for process in processes:
+                self._pipes.append(here)
+                self._processes.append(process)
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
             process.kill()
-        for process in processes:
+        for process in self._processes:
             process.join()
-        for pipe in pipes:
+        for pipe in self._pipes:
             pipe.close()
 
+    def go(self) -> None:
+        """It is this group's turn, for which its ranks wait."""
+        for pipe in self._pipes:
+            # One that has died since is found by `hear`.
+            with suppress(OSError):
+                pipe.send(None)
 
-def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
-    answers: dict[int, Any] = {}
-    failures: dict[int, _Failed] = {}
-    deadline = time.monotonic() + timeout
-    while len(answers) + len(failures) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers | failures}
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            line = "after another one failed" if failures else f"within {timeout:g} s"
-            failures |= {
-                rank: _Failed(_SILENT, f"rank {rank}: no answer {line}")
-                for rank in waiting.values()
-            }
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            rank = waiting[pipe]
-            said = _hear(rank, pipe, processes[rank])
-            (failures if isinstance(said, _Failed) else answers)[rank] = said
+    def hear(self) -> list[Any] | None:
+        """Waits for the ranks: their answers in their order, or None once all wait for a turn.
+
+        Raises:
+            GroupError: a rank raised, died or was silent for too long.
+        """
+        said: dict[int, Any] = {}
+        failures: list[_Failed] = []
+        deadline = time.monotonic() + self._timeout
+        while waiting := {p: r for r, p in enumerate(self._pipes) if r not in said}:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = "after another failed" if failures else f"within {self._timeout:g} s"
+                silent = (f"rank {rank}: no answer {late}" for rank in waiting.values())
+                failures += [_Failed(_SILENT, line) for line in silent]
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting[pipe]
+                said[rank] = _hear(rank, pipe, self._processes[rank])
+                if isinstance(said[rank], _Failed):
+                    failures.append(said[rank])
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
         if failures:
-            deadline = min(deadline, time.monotonic() + _GRACE_S)
-    if failures:
-        first = min(failures.values(), key=lambda failed: failed.grade)
-        refused = first.grade in (_OUT_OF_MEMORY, _REFUSED)
-        raise GroupError(first.line, refused=refused, details=first.details)
-    return [answers[rank] for rank in range(len(pipes))]
+            first = min(failures, key=lambda failed: failed.grade)
+            refused = first.grade in (_OUT_OF_MEMORY, _REFUSED)
+            raise GroupError(first.line, refused=refused, details=first.details)
+        if said[0] is None:
+            return None
+        return [said[rank] for rank in range(len(self._pipes))]
 
 
 def _hear(rank: int, pipe: Connection, process: Any) -> Any:
@@ -141,10 +163,15 @@ def _serve(
     place: Ranks, port: int, pipe: Connection, timeout: float, body: Body, arguments: Any
 ) -> None:
     exit_with_parent()
+
+    def turn() -> None:
+        pipe.send(None)
+        pipe.recv()
+
     wait_s = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=wait_s)
-        said = body(place, store, *arguments)
+        said = body(place, store, turn, *arguments)
     except torch.OutOfMemoryError:
         said = _Failed(_OUT_OF_MEMORY, "out of memory")
     except UserError as error:

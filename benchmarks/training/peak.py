@@ -13,10 +13,16 @@ _ROUNDS, _ROUND_S = 5, 0.1
 
 @dataclass(frozen=True)
 class PeakRate:
-    """FLOP/s of all ranks together, and where the figure is from."""
+    """What the devices of all ranks together could do.
+
+    Attributes:
+        flops: FLOP/s. source: where the figure is from.
+        core_flops: of one core, per second of its time; None for GPUs.
+    """
 
     flops: float
     source: str
+    core_flops: float | None = None
 
 
 def peak_rate(device_type: str, ranks: int, threads: int, dtype: torch.dtype) -> PeakRate | None:
@@ -25,11 +31,15 @@ def peak_rate(device_type: str, ranks: int, threads: int, dtype: torch.dtype) ->
     None for a GPU whose data sheet is not known.
     """
     if device_type == "cuda":
-        one = peak_flops(torch.device("cuda", 0))
-        return one and PeakRate(one * ranks, f"data sheet, bfloat16, {ranks} GPUs") or None
-    one = core_rate(dtype)
-    name = str(dtype).removeprefix("torch.")
-    return PeakRate(one * threads, f"matrix product of {_SIZE}, {name}, one core, × {threads}")
+        sheet = peak_flops(torch.device("cuda", 0))
+        return (
+            None
+            if sheet is None
+            else PeakRate(sheet * ranks, f"data sheet, dense bfloat16, {ranks} GPUs")
+        )
+    one, name = core_rate(dtype), str(dtype).removeprefix("torch.")
+    source = f"measured: {name} matrix product of {_SIZE} on one core, times {threads} cores"
+    return PeakRate(one * threads, source, one)
 
 
 def core_rate(dtype: torch.dtype) -> float:

@@ -4,7 +4,7 @@ Parameters, first values and everything around attention are those of `ringattn.
 is written for one device; nothing of ringattn's attention, loss or memory saving is in it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -62,7 +62,7 @@ def document_attention(lengths: list[int]) -> Attend:
 
 def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
-    operands: Sequence[torch.Tensor] = [x.transpose(1, 2) for x in (q, k, v)]
     grouped = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(*operands, is_causal=True, enable_gqa=grouped)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -1,6 +1,7 @@
 """What each rank of a contender does: trains on the clock, then once more to see memory."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,24 +18,35 @@ from ringattn.launch.session import Session, open_session
 
 
 def train_rank(
-    ranks: Ranks, store: dist.Store, contender: Contender, case: TrainCase, run_dir: str
+    ranks: Ranks,
+    store: dist.Store,
+    turn: Callable[[], None],
+    contender: Contender,
+    case: TrainCase,
+    run_dir: str,
 ) -> RankReport:
     """One rank of a process group of the contender's own.
 
     Args:
-        ranks: this process's place. store: shared by the ranks.
+        ranks: this process's place. store: shared by the ranks. turn: see `groups.Body`.
         contender: who trains. case: what.
         run_dir: folder that runs may write to.
     """
     config = contender.config(case)
     with open_session(config, ranks, store) as session:
-        return train_in(session, contender, case, run_dir)
+        return train_in(session, contender, case, run_dir, turn)
 
 
-def train_in(session: Session, contender: Contender, case: TrainCase, run_dir: str) -> RankReport:
+def train_in(
+    session: Session,
+    contender: Contender,
+    case: TrainCase,
+    run_dir: str,
+    turn: Callable[[], None] | None = None,
+) -> RankReport:
     """As `train_rank`, where this process is a rank already."""
     config = contender.config(case)
-    clock = StepClock(config.train.steps, case.warmup, session.device)
+    clock = StepClock(config.train.steps, case.warmup, session.device, turn=turn)
     contender.train(case, _into(config, run_dir, "timed"), session, clock)
     report = clock.report()
     if report.peak_bytes is None and case.traced:
