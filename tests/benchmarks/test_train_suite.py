@@ -1,4 +1,4 @@
-"""The end-to-end comparison at a tiny size: losses coincide, and who is wrong or dies is said so."""
+"""The end-to-end comparison at a tiny size: losses coincide; who is wrong or dies is an error."""
 
 import importlib.resources
 import math
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 
 import ringattn as ra
@@ -224,8 +223,11 @@ def test_shipped_settings_can_be_read() -> None:
     folder = Path(str(importlib.resources.files("ringattn.configs"))) / "bench"
     for name, lengths in (("train", 1), ("train_gpu", 5)):
         section = yaml.safe_load((folder / f"{name}.yaml").read_text())["train"]
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-        settings = TrainSettings(**{"ranks": (2,)} | lists)
+        lists: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in section.items()
+        }
+        settings = TrainSettings(**{"ranks": (2,), **lists})
         assert len(settings.cases()) == lengths
         assert contenders(settings.contenders)
 
