@@ -6,14 +6,15 @@ PyTorch is reported as wrong, and has no figures.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from ringattn.benchmarks.record import Recorder
+from ringattn.benchmarks.suites.settings import Settings
 from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.benchmarks.training.comparison import Comparison
-from ringattn.benchmarks.training.contenders import Contender, contenders
+from ringattn.benchmarks.training.contenders import REFERENCE, Contender, contenders
+from ringattn.benchmarks.training.ours import Ours
 from ringattn.benchmarks.training.peak import peak_rate
 from ringattn.launch.job import COMPUTE_DTYPES, prepare_corpus
 
@@ -21,24 +22,12 @@ NAME = "bench.train"
 Show = Callable[[str], None]
 
 
-class HasTrain(Protocol):
-    """The part of `ringattn.benchmarks.suites.settings.Settings` that is read here."""
-
-    @property
-    def train(self) -> TrainSettings:
-        """The section of this suite."""
-        ...
-
-    def command(self, suite: str, *more: str) -> str:
-        """The command that measures a part of these settings again."""
-        ...
-
-
-def run(settings: HasTrain, recorder: Recorder, show: Show) -> None:
+def run(settings: Settings, recorder: Recorder, show: Show) -> None:
     """Measures what is not recorded yet, one record per contender.
 
     Args:
-        settings: of the suites.
+        settings: of all suites. Without ``common.peers`` ours and plain PyTorch in one process run,
+            against which losses are held.
         recorder: where records go; what it holds is not measured again.
         show: takes a line of progress.
 
@@ -46,6 +35,8 @@ def run(settings: HasTrain, recorder: Recorder, show: Show) -> None:
         UserError: settings that nothing can be measured with.
     """
     rivals = contenders(settings.train.contenders)
+    if not settings.common.peers:
+        rivals = [one for one in rivals if isinstance(one, Ours) or one.name == REFERENCE]
     measure(settings.train, rivals, recorder, show, settings.command("train"))
 
 

@@ -49,12 +49,13 @@ _FULL = {"parallel.engine": "fsdp", "memory.checkpointing": "full"}
 _KEPT = {"parallel.engine": "fsdp", "memory.checkpointing": "attention"}
 _LONG = {**_FULL, "memory.offload": True, "memory.token_tile": 4096}
 
-# What ran to its end first is what the losses of the others are held against: plain PyTorch.
+# In this order they train; the losses of the first to finish are what others are held against.
+REFERENCE = "pytorch, one process"
 CONTENDERS: Mapping[str, Contender] = MappingProxyType(
     {
         made.name: made
         for made in (
-            PlainTorch(name="pytorch, one process", sharded=False),
+            PlainTorch(name=REFERENCE, sharded=False),
             PlainTorch(name="pytorch, fsdp2", sharded=True),
             Ulysses(name="deepspeed_ulysses"),
             Ours(name="ringattn", overrides={"parallel.engine": "ddp"}),

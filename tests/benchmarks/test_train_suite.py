@@ -1,6 +1,5 @@
 """The end-to-end comparison at a tiny size: losses coincide; who is wrong or dies is an error."""
 
-import importlib.resources
 import math
 import os
 from dataclasses import dataclass, replace
@@ -10,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import ringattn as ra
 from ringattn.benchmarks.record import Recorder, read_records
 from ringattn.benchmarks.suites import train_suite
+from ringattn.benchmarks.suites.settings import Settings, load_settings
 from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.benchmarks.training.case import RankReport, TrainCase
 from ringattn.benchmarks.training.clock import StepClock
@@ -106,16 +105,6 @@ class Dying(PlainTorch):
         os._exit(7)
 
 
-class Suites:
-    """What the suite reads of the settings."""
-
-    def __init__(self, train: TrainSettings) -> None:
-        self.train = train
-
-    def command(self, suite: str, *more: str) -> str:
-        return " ".join(["ringattn bench", suite, *more])
-
-
 def tiny_settings(corpus: Path, **changes: Any) -> TrainSettings:
     values = tiny_values(corpus, Path("unused"), train__warmup_steps=1)
     shown = tuple(f"{key}={value}" for key, value in values.items())
@@ -157,7 +146,7 @@ def test_whole_suite(corpus: Path, tmp_path: Path) -> None:
     """Every contender in processes of its own, one after the other; all agree, or are refused."""
     out = tmp_path / "train.jsonl"
     settings = tiny_settings(corpus, traced=1, interleaved=False)
-    train_suite.run(Suites(settings), Recorder(out), lambda _: None)
+    train_suite.run(Settings(train=settings), Recorder(out), lambda _: None)
     records = read_records(out)
     assert [record.config["contender"] for record in records] == list(CONTENDERS)
     assert {record.status for record in records} == {"ok"}
@@ -220,14 +209,8 @@ def test_refusals_say_why(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_shipped_settings_can_be_read() -> None:
-    folder = Path(str(importlib.resources.files("ringattn.configs"))) / "bench"
-    for name, lengths in (("train", 1), ("train_gpu", 5)):
-        section = yaml.safe_load((folder / f"{name}.yaml").read_text())["train"]
-        lists: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in section.items()
-        }
-        settings = TrainSettings(**{"ranks": (2,), **lists})
+    for name, lengths in (("train", 1), ("train_gpu", 5), ("smoke", 1)):
+        settings = load_settings(name, ["train.ranks=[2]"]).train
         assert len(settings.cases()) == lengths
         assert contenders(settings.contenders)
 
