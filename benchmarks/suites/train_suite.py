@@ -5,11 +5,12 @@ sequences, as many per step, in ranks of its own. One whose losses differ from t
 PyTorch is reported as wrong, and has no figures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ringattn.benchmarks.record import Recorder
+from ringattn.benchmarks.suites.progress import Progress
 from ringattn.benchmarks.suites.settings import Settings
 from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.benchmarks.training.comparison import Comparison
@@ -19,17 +20,16 @@ from ringattn.benchmarks.training.peak import peak_rate
 from ringattn.launch.job import COMPUTE_DTYPES, prepare_corpus
 
 NAME = "bench.train"
-Show = Callable[[str], None]
 
 
-def run(settings: Settings, recorder: Recorder, show: Show) -> None:
+def run(settings: Settings, recorder: Recorder, show: Progress) -> None:
     """Measures what is not recorded yet, one record per contender.
 
     Args:
         settings: of all suites. Without ``common.peers`` ours and plain PyTorch in one process run,
             against which losses are held.
         recorder: where records go; what it holds is not measured again.
-        show: takes a line of progress.
+        show: is told what is being done, and how much there is.
 
     Raises:
         UserError: settings that nothing can be measured with.
@@ -44,7 +44,7 @@ def measure(
     settings: TrainSettings,
     rivals: Sequence[Contender],
     recorder: Recorder,
-    show: Show,
+    show: Progress,
     command: str,
 ) -> None:
     """As `run`, for given contenders; `command` measures this again."""
@@ -55,6 +55,7 @@ def measure(
         missing = [one for one in rivals if not recorder.has(NAME, f"{prefix}-{one.name}")]
         if not missing:
             continue
+        show.expect(len(missing))
         prepare_corpus(config)
         on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
         device, dtype = "cuda" if on_gpu else "cpu", COMPUTE_DTYPES[config.train.dtype]

@@ -1,7 +1,7 @@
 """Contenders on one case: they train in turn, are held against each other and recorded."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ringattn.benchmarks.record import Recorder
+from ringattn.benchmarks.suites.progress import Progress
 from ringattn.benchmarks.training.case import RankReport, TrainCase
 from ringattn.benchmarks.training.contenders import Contender
 from ringattn.benchmarks.training.figures import (
@@ -40,7 +41,7 @@ class Comparison:
         tolerance: largest relative difference of losses.
         timeout: seconds, see `Group`.
         command: that measures this again.
-        recorder: of the records. show: takes a line of progress.
+        recorder: of the records. show: is told what is being done, and what came of it.
     """
 
     case: TrainCase
@@ -52,7 +53,7 @@ class Comparison:
     timeout: float
     command: str
     recorder: Recorder
-    show: Callable[[str], None]
+    show: Progress
 
     def run(self, contenders: Sequence[Contender]) -> None:
         """Trains these, one step of each at a time, and records what came of them."""
@@ -102,7 +103,7 @@ class Comparison:
             reports = group.hear()
         except GroupError as error:
             if error.details:
-                self.show(error.details)
+                self.show.note(error.details)
             self._fail(contender, str(error), refused=error.refused)
             return False
         if reports is None:
@@ -142,7 +143,7 @@ class Comparison:
             config=about,
             figures=figures,
         )
-        self.show(f"{case}: {found.line()}, losses within {difference:.0e}")
+        self._tell(f"{case}: {found.line()}, losses within {difference:.0e}")
 
     def _fail(
         self,
@@ -155,7 +156,11 @@ class Comparison:
         case = f"{self.prefix}-{contender.name}"
         record = self.recorder.refused if refused else self.recorder.error
         record(self.name, case, UNIT, reason, about or self._about(contender))
-        self.show(f"{case}: {'refused' if refused else 'error'}: {reason}")
+        self._tell(f"{case}: {'refused' if refused else 'error'}: {reason}")
+
+    def _tell(self, line: str) -> None:
+        self.show.advance()
+        self.show.note(line)
 
     def _about(self, contender: Contender) -> dict[str, Any]:
         about = describe(self.case, contender.name, self.command, self.device)

@@ -1,5 +1,6 @@
 """The end-to-end comparison at a tiny size: losses coincide; who is wrong or dies is an error."""
 
+import io
 import math
 import os
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 import ringattn as ra
 from ringattn.benchmarks.record import Recorder, read_records
 from ringattn.benchmarks.suites import train_suite
+from ringattn.benchmarks.suites.progress import Progress
 from ringattn.benchmarks.suites.settings import Settings, load_settings
 from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.benchmarks.training.case import RankReport, TrainCase
@@ -121,9 +123,9 @@ def test_wrong_and_dying_contenders_are_errors(corpus: Path, tmp_path: Path) -> 
         Dying(name="dying", sharded=False),
         PlainTorch(name="late", sharded=False),
     ]
-    out, shown = tmp_path / "train.jsonl", []
+    out, shown = tmp_path / "train.jsonl", io.StringIO()
     settings = tiny_settings(corpus)
-    train_suite.measure(settings, rivals, Recorder(out), shown.append, "the command")
+    train_suite.measure(settings, rivals, Recorder(out), Progress(shown), "the command")
     records = {record.config["contender"]: record for record in read_records(out)}
     plain, wrong, dying, late = (records[one.name] for one in rivals)
     assert plain.status == late.status == "ok"
@@ -135,10 +137,10 @@ def test_wrong_and_dying_contenders_are_errors(corpus: Path, tmp_path: Path) -> 
     assert plain.unit == "tokens/s"
     assert plain.value == plain.figures["tokens_per_second"]
     assert plain.config["command"] == "the command"
-    again: list[str] = []
-    train_suite.measure(settings, rivals, Recorder(out), again.append, "the command")
-    assert not again
-    assert shown
+    assert "error: rank 0 died" in shown.getvalue()
+    again = io.StringIO()
+    train_suite.measure(settings, rivals, Recorder(out), Progress(again), "the command")
+    assert not again.getvalue()
 
 
 @pytest.mark.full
@@ -146,7 +148,7 @@ def test_whole_suite(corpus: Path, tmp_path: Path) -> None:
     """Every contender in processes of its own, one after the other; all agree, or are refused."""
     out = tmp_path / "train.jsonl"
     settings = tiny_settings(corpus, traced=1, interleaved=False)
-    train_suite.run(Settings(train=settings), Recorder(out), lambda _: None)
+    train_suite.run(Settings(train=settings), Recorder(out), Progress(io.StringIO()))
     records = read_records(out)
     assert [record.config["contender"] for record in records] == list(CONTENDERS)
     assert {record.status for record in records} == {"ok"}
