@@ -97,6 +97,8 @@ def resolved(request: Request) -> Settings:
     }  # fmt: skip
     common = replace(settings.common, **{k: v for k, v in changes.items() if v is not None})
     settings = replace(settings, common=common, simulate=request.simulate)
+    if request.ranks is not None:
+        settings = replace(settings, train=replace(settings.train, ranks=request.ranks))
     if request.masks is not None:
         settings = replace(
             settings,

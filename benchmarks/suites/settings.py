@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ringattn.benchmarks.suites.document_lengths import read_lengths
 from ringattn.benchmarks.suites.mask_cases import LEAST, expanded
+from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.errors import UserError
 from ringattn.kernels.select import kernel_names
 from ringattn.launch.config_load import convert, parse_yaml
@@ -122,18 +123,6 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Training steps, ours beside plain PyTorch's and DeepSpeed's.
-
-    model: a shipped configuration's name. steps: timed, after `warm_up` of `Common`.
-    """
-
-    seq_len: tuple[int, ...] = (1024,)
-    steps: int = 8
-    model: str = "debug"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings.
 
@@ -199,7 +188,9 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
     for text in overrides:
         key, separator, raw = text.partition("=")
         if not separator:
-            raise UserError(f"argument {text!r}", "is not key=value", "write methods.seq_len=[1024]")
+            raise UserError(
+                f"argument {text!r}", "is not key=value", "write methods.seq_len=[1024]"
+            )
         values[key] = parse_yaml(raw, f"argument {key}")
     return checked(replace(_typed(values), name=name, overrides=tuple(overrides)))
 
