@@ -18,8 +18,8 @@ import torch
 
 import ringattn as ra
 from ringattn.benchmarks.kernel_cases import Case
-from ringattn.benchmarks.memory_trace import MemoryTrace
 from ringattn.benchmarks.kernel_reference import Reference, Sample, reference
+from ringattn.benchmarks.memory_trace import MemoryTrace
 from ringattn.benchmarks.peers.base import Tensors
 from ringattn.cost.kernel_time import pair_flops
 from ringattn.errors import UserError

@@ -11,10 +11,11 @@ import torch
 
 import ringattn as ra
 from ringattn.benchmarks import repeatability
-from ringattn.benchmarks.record import Recorder, read_records
+from ringattn.benchmarks.record import Recorder, keep_figures, read_records
 from ringattn.benchmarks.suites import (
     attention_suite,
     kernels_suite,
+    marker,
     masks_suite,
     measured_scaling,
     methods_suite,
@@ -61,9 +62,7 @@ def unit(
     return Unit("methods", settings, local, Recorder(out), SMALL, world, entrants)
 
 
-def test_every_cell_is_recorded_once(
-    settings: Settings, local: LocalRanks, tmp_path: Path
-) -> None:
+def test_every_cell_is_recorded_once(settings: Settings, local: LocalRanks, tmp_path: Path) -> None:
     out = tmp_path / "methods.jsonl"
     methods_suite.run(settings, Recorder(out), silent(), local)
     records = read_records(out)
@@ -220,6 +219,29 @@ def test_answers_travel_as_bytes_without_pickle() -> None:
     assert again["sent"] is None
     assert np.isneginf(again["results"]["out"]["values"]).all()
     assert again["results"]["out"]["tokens"].tolist() == [0, 1, 2]
+
+
+def test_a_job_that_dies_costs_the_cell_it_was_at(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "methods.jsonl")
+    cases = {"x": {"mask": "causal"}}
+    with marker.marked(recorder, True, "bench.methods", "TFLOP/s", cases):
+        left = (tmp_path / "methods.running").read_text()
+    marker.blame(recorder)
+    assert not read_records(recorder.path)
+    (tmp_path / "methods.running").write_text(left)  # as a killed process leaves it
+    marker.blame(recorder)
+    (record,) = read_records(recorder.path)
+    assert (record.status, record.case, record.config) == ("error", "x", cases["x"])
+    assert not (tmp_path / "methods.running").exists()
+
+
+def test_a_retry_keeps_figures_alone(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "a.jsonl")
+    recorder.ok("n", "good", 1.0, "s")
+    recorder.error("n", "bad", "s", "why")
+    recorder.refused("n", "no", "s", "why")
+    keep_figures(recorder.path)
+    assert [r.case for r in read_records(recorder.path)] == ["good"]
 
 
 def test_problems_travel_as_json_values() -> None:
