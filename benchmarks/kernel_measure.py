@@ -226,8 +226,14 @@ class Bench:
         return {"dq": dq.to(q.dtype), "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}, timing, prepare
 
     def _outcome(
-        self, direction: Direction, got: dict, timing: Timing | None, prepare: float, _: Any = None
+        self,
+        direction: Direction,
+        got: dict,
+        timing: Timing | None,
+        prepare: float,
+        lse: torch.Tensor | None = None,
     ) -> Outcome:
+        del lse
         assert timing is not None
         errors = {}
         if self.check:

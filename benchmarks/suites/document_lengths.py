@@ -8,8 +8,8 @@ A file is YAML (or JSON, which is YAML) with one of three keys:
 
 Lengths are drawn one by one: a bin by weight, a uniform integer inside it, clipped to what remains
 of the sequence. A mix draws documents from a histogram until they hold its share of the tokens, the
-rest uniform from `shortest` to `longest`, and shuffles them. ``ringattn prepare`` writes such a file
-beside a corpus; the shipped ones lie in ``configs/bench/lengths``.
+rest uniform from `shortest` to `longest`, and shuffles them. ``ringattn prepare`` writes such a
+file beside a corpus; the shipped ones lie in ``configs/bench/lengths``.
 
 Sequences shorter than `WHOLE` are drawn at that length and scaled down, so that a small test has
 as many documents, of the same relative lengths, as a real pack.

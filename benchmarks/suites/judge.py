@@ -1,4 +1,4 @@
-"""Holds results against a float64 reference: all of a short sequence's, a sample of a long one's."""
+"""Holds results against a float64 reference: those of short sequences whole, a sample of others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
