@@ -31,7 +31,7 @@ def join_mpi(environ: Mapping[str, str], *, certain: bool = False) -> Joined | N
         certain: MPI is started even where no variable tells of it.
 
     Returns:
-        None where no variable of an MPI launcher is set.
+        None where no variable of an MPI launcher is set, and MPI knows of no other process.
 
     Raises:
         UserError: incomplete variables, no mpi4py, or an mpi4py of another MPI than the launcher.
@@ -41,6 +41,8 @@ def join_mpi(environ: Mapping[str, str], *, certain: bool = False) -> Joined | N
         return None
     MPI = _load()
     world = MPI.COMM_WORLD
+    if expected is None and world.size == 1:
+        return None
     if expected and world.size != expected:
         raise UserError(
             f"MPI world of size {world.size}",
