@@ -67,7 +67,7 @@ def _told_size(environ: Mapping[str, str]) -> int | None:
     """Ranks of the job by the launcher's variables, 0 where only PMIx tells of it; None outside."""
     for rank_key, size_key in _VARIABLES:
         if rank_key in environ or size_key in environ:
-            fix = "start with mpiexec, or use --launcher none for local ranks"
+            fix = f"start with mpiexec, or unset {rank_key} and {size_key} for local ranks"
             size = integer(environ, size_key, least=1, fix=fix)
             rank = integer(environ, rank_key, least=0, fix=fix)
             if rank >= size:

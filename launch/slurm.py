@@ -7,7 +7,7 @@ from itertools import product
 from ringattn.errors import UserError
 from ringattn.launch.ranks import Joined, Ranks, integer
 
-_FIX = "start with srun, or use --launcher none for local ranks"
+_FIX = "start with srun, or unset SLURM_STEP_ID for local ranks"
 _SPECIAL_STEPS = 0xFFFFFFF0  # batch, extern and interactive steps have numbers from here on
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 

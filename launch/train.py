@@ -22,8 +22,10 @@ from ringattn.launch.failure import (
     Failure,
     end_process,
     print_failure,
+    report_line,
     run_reporting,
 )
+from ringattn.launch.idle_settings import idle_settings
 from ringattn.launch.job import open_job, prepare_corpus
 from ringattn.launch.launchers import Launcher, discover_ranks, discover_ranks_once
 from ringattn.launch.local_ranks import start_local_ranks
@@ -107,6 +109,8 @@ def on_ranks(
 
 def _train_rank(config: Config, session: Session) -> None:
     if session.is_main:
+        for line in idle_settings(config):
+            report_line(line)
         prepare_corpus(config)
     session.barrier()
     Trainer(open_job(config, session.sharers), session).fit()
