@@ -252,6 +252,14 @@ def test_nothing_sound_is_left(corpus: Path, tmp_path: Path) -> None:
         assert "step-000002: file .metadata is missing" in error
 
 
+def test_a_pipe_in_place_of_the_state_is_not_waited_for(tmp_path: Path) -> None:
+    state = save(tmp_path, 4) / "state.json"
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(UserError, match=r"state\.json: is damaged.*it is no file"):
+        read_state(state.parent)
+
+
 @pytest.fixture(scope="module")
 def three_saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of the steps 1 to 3, which tests copy."""
