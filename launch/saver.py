@@ -187,7 +187,9 @@ class Saver:
             return Restored(state.step, state.position, state.guard)
         if again:
             raise UserError(
-                "rollback", "there is no checkpoint of this run yet", "set checkpoint.every"
+                "rollback",
+                "there is no checkpoint of this run yet",
+                "lower checkpoint.every, so that one comes before a step that goes wrong",
             )
         self._name_run(None)
         if weights is not None:

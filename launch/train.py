@@ -31,6 +31,7 @@ from ringattn.launch.launchers import Launcher, discover_ranks, discover_ranks_o
 from ringattn.launch.local_ranks import start_local_ranks
 from ringattn.launch.monitor import Monitor
 from ringattn.launch.ranks import Ranks
+from ringattn.launch.rendezvous import launcher_holds_store
 from ringattn.launch.restart import resume_after_restart
 from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
@@ -162,7 +163,10 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
             print(note, file=sys.stderr, flush=True)
         fitted = resume_after_restart(fitted, os.environ)
         store, where = open_store(ranks, timeout), Whereabouts()
-        monitors.append(Monitor(ranks, store, config.run.timeout_s, where, Path(config.run.dir)))
+        keeper = None if launcher_holds_store(os.environ) else 0
+        monitors.append(
+            Monitor(ranks, store, config.run.timeout_s, where, Path(config.run.dir), keeper)
+        )
         with monitors[0], open_session(fitted, ranks, store, where, request) as session:
             work(fitted, session)
 
