@@ -32,12 +32,14 @@ COUNTS = ("pairs", "rows", "keys", "tiles", "launches", "masks", "matrix", "prod
 
 @dataclass(frozen=True, kw_only=True)
 class CurveWork:
-    """Heads, head dim and dtype of the launches, and how often each is timed."""
+    """Heads, head dim and dtype of the launches; each is timed `passes` times, and more often
+    until `seconds` are over."""
 
     heads: tuple[int, int] = (8, 2)
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
-    passes: int = 5
+    passes: int = 3
+    seconds: float = 8.0
 
 
 def sample_plans(work: CurveWork) -> list[Plan]:
@@ -81,27 +83,24 @@ class _Sample:
     clear: Callable[[], None]
 
 
-def measure_curve(work: CurveWork, deadline: float = float("inf")) -> dict[str, Any]:
+def measure_curve(work: CurveWork) -> dict[str, Any]:
     """Times launches on this process: CPU time where it has one thread, else wall time.
 
     Returns:
         By direction a list of rows: the `COUNTS` of a step of a rank, then its median seconds.
-
-    Raises:
-        TimeoutError: `deadline` of `time.monotonic` has passed.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     samples = [s for plan in sample_plans(work) for s in _samples(plan, work)]
     seconds: list[list[float]] = [[] for _ in samples]
-    for number in range(work.passes + 1):
+    start_of_all, number = time.monotonic(), 0
+    while number <= work.passes or time.monotonic() - start_of_all < work.seconds:
         for sample, mine in zip(samples, seconds, strict=True):
             sample.clear()
             start = clock()
             sample.run()
             if number:  # the first pass warms caches up
                 mine.append(clock() - start)
-            if time.monotonic() > deadline:
-                raise TimeoutError("the kernel's launches took too long")
+        number += 1
     rows: dict[str, Any] = {direction: [] for direction in DIRECTIONS}
     for sample, mine in zip(samples, seconds, strict=True):
         rows[sample.direction].append([*sample.counts, statistics.median(mine)])
