@@ -9,7 +9,7 @@ import multiprocessing as mp
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -79,9 +79,16 @@ Request = Prepare | Time | Forget
 
 
 class RankPool:
-    """`world` gloo processes that serve requests, with `threads` each. Use as a context manager."""
+    """`world` gloo processes that serve requests, with `threads` each. Use as a context manager.
 
-    def __init__(self, world: int, threads: int = 1) -> None:
+    Args:
+        answer: what a rank does with a request, of a module: (request, rank, world, state) → what
+            `ask` returns of it. `state` is a dict that lives as long as the rank.
+    """
+
+    def __init__(
+        self, world: int, threads: int = 1, answer: "Callable[..., Any] | None" = None
+    ) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -94,7 +101,9 @@ class RankPool:
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, threads, self._store.port, there), daemon=True
+                target=_serve,
+                args=(rank, world, threads, self._store.port, there, answer or _answer),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -107,7 +116,7 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def ask(self, request: Request, timeout: float) -> list[Any]:
+    def ask(self, request: Any, timeout: float) -> list[Any]:
         """Every rank's answer, in rank order. Raises PoolError, after which the pool is dead."""
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
@@ -149,19 +158,26 @@ def _unpack(rank: int, answer: tuple[bool, Any]) -> Any:
     return payload
 
 
-def _serve(rank: int, world: int, threads: int, port: int, pipe: Connection) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    threads: int,
+    port: int,
+    pipe: Connection,
+    answer: Callable[..., Any],
+) -> None:
     torch.set_num_threads(threads)
     exit_with_parent()
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
-    prepared: dict[str, Prepared] = {}
+    state: dict[str, Any] = {}
     while True:
         try:
             request = pipe.recv()
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, _answer(request, rank, world, prepared)))
+            pipe.send((True, answer(request, rank, world, state)))
         except Exception:  # the parent reports it and ends the pool
             pipe.send((False, traceback.format_exc()))
 
