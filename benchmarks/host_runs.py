@@ -1,10 +1,11 @@
-"""Attention steps of real plans on gloo ranks, timed: what `simulated_runs` holds predictions to."""
+"""Attention steps of real plans on gloo ranks, timed: what predictions are held to."""
 
 import gc
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -135,5 +136,5 @@ def predict(plan: ra.Plan, cluster: Cluster) -> Prediction:
     """Prices the plan that ranks run."""
     both = price_pair((plan.forward, plan.backward), cluster)
     busy = sum(p.compute + p.copies for p in both)
-    carried = sum(p.carrying for p in both if p.carrying is not None)
+    carried = np.sum([p.carrying for p in both if p.carrying is not None], axis=0)
     return Prediction(both[0].seconds, both[1].seconds, float((busy + carried).max()))

@@ -119,7 +119,7 @@ def _peak(measured: Measured, base: Cluster) -> dict[str, float]:
 
 
 def _with_costs(measured: Measured, cluster: Cluster) -> Cluster:
-    """The cluster with the costs that were fitted to timed launches and idle plans."""
+    """The cluster with the costs that were fitted to timed launches and plans."""
     base = cluster.kernels[CUT]
     kernel = Kernel(
         forward=fit_curve(measured.rows("kernel curve", "forward"), CUT, base.forward),

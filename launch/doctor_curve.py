@@ -30,6 +30,10 @@ COUNTS = ("pairs", "rows", "keys", "tiles", "launches", "masks", "matrix", "prod
 """Counts of a step's launches that its time is made of, as `ringattn.cost.kernel_time.Load`."""
 
 
+_PAUSE_S = 2e-3
+"""Launches of a plan come after waits: what else runs on the core then takes its caches."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurveWork:
     """Heads, head dim and dtype of the launches; each is timed `passes` times, and more often
@@ -96,6 +100,7 @@ def measure_curve(work: CurveWork) -> dict[str, Any]:
     while number <= work.passes or time.monotonic() - start_of_all < work.seconds:
         for sample, mine in zip(samples, seconds, strict=True):
             sample.clear()
+            time.sleep(_PAUSE_S)
             start = clock()
             sample.run()
             if number:  # the first pass warms caches up

@@ -1,4 +1,4 @@
-"""What executor and messages cost on a CPU: real plans over the real group, without kernels.
+"""What executor and messages cost on a CPU: real plans over the real group, a stand-in for kernels.
 
 Each rank times its own thread and, as the rest of the process, the threads that carry messages.
 """
@@ -27,11 +27,20 @@ COUNTS = ("run", "made", "steps", "posted", "parts", "copied", "added", "ends", 
 posted; runs of rows copied; bytes copied and added; message ends carried and their bytes."""
 
 
-class IdleKernel:
-    """Computes nothing. Implements `ringattn.kernels.base.Kernel`."""
+class BusyKernel:
+    """Keeps its thread busy with products and counts how long: what a kernel does to caches and to
+    the threads beside it, in a known time. Implements `ringattn.kernels.base.Kernel`.
 
-    name = "idle"
+    Attributes:
+        seconds: CPU time of this thread spent so far. Each launch takes `launch` seconds.
+    """
+
+    name = "busy"
     reads_around = False
+
+    def __init__(self, launch: float) -> None:
+        self.launch, self.seconds = launch, 0.0
+        self._operands = torch.ones(256, 256), torch.ones(256, 256), torch.empty(256, 256)
 
     def refusal(self, **_: object) -> str | None:
         """Refuses nothing."""
@@ -44,21 +53,29 @@ class IdleKernel:
 
     def forward(self, *_: object, **__: object) -> None:
         """Leaves results as they are."""
+        start = time.thread_time()
+        a, b, out = self._operands
+        while (passed := time.thread_time() - start) < self.launch:
+            torch.mm(a, b, out=out)
+        self.seconds += passed
 
     def backward(self, *_: object, **__: object) -> None:
         """Leaves results as they are."""
+        self.forward()
 
 
-class IdlePlan(Plan):
-    """A plan that moves everything and computes nothing."""
+class BusyPlan(Plan):
+    """A plan that moves everything and computes nothing of use."""
+
+    busy: BusyKernel
 
     def chosen_program(
         self, direction: Direction, rank: int, home: Slots, softcap: float | None
     ) -> Program:
         """See `Plan.chosen_program`."""
-        key = (direction, rank, "idle", "cpu")
+        key = (direction, rank, "busy", "cpu")
         if key not in self._programs:
-            kernel = cast("Kernel", IdleKernel())
+            kernel = cast("Kernel", self.busy)
             schedule = self.schedule(direction)
             self._programs[key] = build_program(schedule, rank, kernel, torch.device("cpu"))
         return self._programs[key]
@@ -66,16 +83,18 @@ class IdlePlan(Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorWork:
-    """Heads, head dim and dtype of the plans, tokens of a rank, and how often each runs."""
+    """Heads, head dim and dtype of the plans, tokens of a rank, how often each runs, and seconds
+    that a launch keeps a rank busy."""
 
     heads: tuple[int, int] = (8, 2)
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     tokens: tuple[int, ...] = (96, 700)
     passes: int = 5
+    launch: float = 3e-3
 
 
-def probe_plans(work: ExecutorWork, world: int) -> Iterator[IdlePlan]:
+def probe_plans(work: ExecutorWork, world: int) -> Iterator[BusyPlan]:
     """Plans of several methods: those that the number of ranks allows."""
     for tokens in work.tokens:
         size = tokens * world
@@ -90,13 +109,14 @@ def probe_plans(work: ExecutorWork, world: int) -> Iterator[IdlePlan]:
                     plan = context.plan(mask)
                 except ra.UserError:
                     continue
-                yield IdlePlan(
-                    plan.context, mask, plan.layout, method, (plan.forward, plan.backward)
-                )
+                schedules = plan.forward, plan.backward
+                busy = BusyPlan(context, mask, plan.layout, method, schedules)
+                busy.busy = BusyKernel(work.launch)
+                yield busy
 
 
 def measure_executor(work: ExecutorWork, world: int, rank: int) -> dict[str, Any]:
-    """Times idle plans. Every rank of the default group calls it; they communicate.
+    """Times busy plans. Every rank of the default group calls it; they communicate.
 
     Returns:
         rows: for each plan and direction the `COUNTS`, CPU seconds of this rank's own thread, and
@@ -109,18 +129,18 @@ def measure_executor(work: ExecutorWork, world: int, rank: int) -> dict[str, Any
     return {"rows": rows}
 
 
-def _probe(plan: IdlePlan, work: ExecutorWork, rank: int) -> list[list[float]]:
+def _probe(plan: BusyPlan, work: ExecutorWork, rank: int) -> list[list[float]]:
     size = int(plan.layout.sizes[rank])
     heads = (work.heads[0], work.heads[1], work.heads[1], work.heads[0])
     q, k, v, dout = (torch.zeros(1, size, h, work.head_dim).to(work.dtype) for h in heads)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     times: list[list[tuple[float, float]]] = [[], []]
     for number in range(work.passes + 1):
-        start = _clocks()
+        start = _clocks(plan.busy)
         out = ra.attention(q, k, v, plan)
-        middle = _clocks()
+        middle = _clocks(plan.busy)
         torch.autograd.grad(out, leaves, dout)
-        end = _clocks()
+        end = _clocks(plan.busy)
         if number:  # the first pass opens connections and compares plans
             times[0].append((middle[0] - start[0], middle[1] - start[1]))
             times[1].append((end[0] - middle[0], end[1] - middle[1]))
@@ -135,8 +155,9 @@ def _probe(plan: IdlePlan, work: ExecutorWork, rank: int) -> list[list[float]]:
     return rows
 
 
-def _clocks() -> tuple[float, float]:
-    return time.thread_time(), time.process_time()
+def _clocks(kernel: BusyKernel) -> tuple[float, float]:
+    """CPU seconds of this thread and of the process, without the kernel's."""
+    return time.thread_time() - kernel.seconds, time.process_time() - kernel.seconds
 
 
 def direction_counts(counts: Survey, rank: int) -> list[float]:

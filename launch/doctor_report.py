@@ -20,7 +20,7 @@ class Report:
     Attributes:
         facts: of each rank. node: ranks per node.
         pairs: that met. reduce: all ranks' all-reduce. rates: of each rank.
-        timed: launches and idle plans on a CPU, by step and rank (`doctor_curve`,
+        timed: launches and busy plans on a CPU, by step and rank (`doctor_curve`,
             `doctor_executor`); not in the JSON.
         cells: by name. seconds: of each part.
         wrong: one line for each thing that is wrong. notes: what is worth knowing and not wrong.
