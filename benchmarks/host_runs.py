@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.benchmarks.kernel_masks import mask_named
+from ringattn.benchmarks.suites.mask_cases import Sampled, sampled
 from ringattn.cost import Cluster, price_pair
 
 TIMEOUT = 300.0  # seconds for one request
@@ -33,6 +33,10 @@ class Cell:
         heads = f"h{self.heads[0]}x{self.heads[1]}-d{self.head_dim}"
         return f"{self.mask}-{self.seq_len}-{heads}-fp32-p{self.world}-{self.method}"
 
+    def sampled(self) -> Sampled:
+        """The mask, and what was drawn for it."""
+        return sampled(self.mask, self.seq_len, q_heads=self.heads[0])
+
     def plan(self, group: int | None) -> ra.Plan:
         """The plan, over simulated ranks or the default group: the same one.
 
@@ -46,7 +50,7 @@ class Cell:
             dtype=torch.float32,
             method=self.method,
             ranks_per_node=self.world,
-        ).plan(mask_named(self.mask, self.seq_len))
+        ).plan(self.sampled().mask)
 
 
 @dataclass(frozen=True)

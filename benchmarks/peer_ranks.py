@@ -1,4 +1,4 @@
-"""Gloo ranks that prepare, check and time contenders on request.
+"""Ranks that prepare, check and time contenders on request.
 
 `RankPool` starts the processes and asks them; a rank that raises, dies or is silent ends the
 request with one `PoolError`, after which the pool is gone.
@@ -47,11 +47,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Timed:
-    """A rank's timed run: CPU seconds of all its threads, wall seconds, bytes sent to others."""
+    """A rank's timed run: CPU seconds of all its threads, wall seconds, bytes sent to others.
+
+    Bytes are None where the contender's calls are not counted.
+    """
 
     cpu_s: float
     wall_s: float
-    sent_bytes: int
+    sent_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ Request = Prepare | Time | Forget
 
 
 class RankPool:
-    """`world` gloo processes that serve requests, with `threads` each. Use as a context manager.
+    """`world` processes that serve requests, with `threads` each. Use as a context manager.
+
+    They talk over gloo, or over NCCL with one GPU each where the device is "cuda".
 
     Args:
         answer: what a rank does with a request, of a module: (request, rank, world, state) → what
@@ -87,12 +92,16 @@ class RankPool:
     """
 
     def __init__(
-        self, world: int, threads: int = 1, answer: "Callable[..., Any] | None" = None
+        self,
+        world: int,
+        threads: int = 1,
+        device: str = "cpu",
+        answer: Callable[..., Any] | None = None,
     ) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = device
         self.world = world
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = mp.get_context("spawn")
@@ -102,7 +111,7 @@ class RankPool:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world, threads, self._store.port, there, answer or _answer),
+                args=(rank, world, threads, device, self._store.port, there, answer or _answer),
                 daemon=True,
             )
             process.start()
@@ -162,14 +171,20 @@ def _serve(
     rank: int,
     world: int,
     threads: int,
+    device: str,
     port: int,
     pipe: Connection,
     answer: Callable[..., Any],
 ) -> None:
     torch.set_num_threads(threads)
     exit_with_parent()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT
+    )
     state: dict[str, Any] = {}
     while True:
         try:
@@ -192,7 +207,10 @@ def _answer(request: Request, rank: int, world: int, prepared: dict[str, Prepare
     made = request.contender.prepare(request.case, request.shape, rank, world)
     prepared[request.contender.name] = made
     # This run also opens connections, compares plans and fills caches, which no later one does.
-    results = tuple(x.numpy() for x in made.run())
+    # Wider than 16 bits, which NumPy lacks; exact.
+    results = tuple(
+        (x if x.dtype == torch.float64 else x.float()).cpu().numpy() for x in made.run()
+    )
     return Checked(made.positions, results, made.note, made.planned_bytes)
 
 
@@ -200,10 +218,17 @@ def _time(prepared: Prepared, rank: int, world: int) -> Timed:
     gc.collect()
     dist.barrier()
     with counted_wire(rank, world) as wire:
+        _synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         prepared.run()
+        _synchronize()
         seconds = time.process_time() - cpu, time.perf_counter() - wall
-    return Timed(*seconds, wire.sent)
+    return Timed(*seconds, wire.sent if prepared.counted else None)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def assemble(parts: Sequence[Checked], seq_len: int) -> list[torch.Tensor]:

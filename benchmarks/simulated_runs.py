@@ -35,10 +35,10 @@ from ringattn.benchmarks.host_runs import (
     answer,
     predict,
 )
-from ringattn.benchmarks.kernel_masks import LEAST, NAMES
 from ringattn.benchmarks.peer_ranks import PoolError, RankPool
 from ringattn.benchmarks.record import Recorder, read_records, refused
 from ringattn.benchmarks.simulated_report import NAME, error_table
+from ringattn.benchmarks.suites.mask_cases import LEAST, expanded
 from ringattn.cost import Cluster, load_cluster
 from ringattn.errors import UserError
 from ringattn.methods import METHODS
@@ -70,7 +70,7 @@ def measured_cluster(world: int, path: Path) -> Cluster:
 @contextmanager
 def rank_pool(world: int, threads: int) -> Iterator[RankPool]:
     """Gloo ranks that time cells."""
-    with RankPool(world, threads, answer) as pool:
+    with RankPool(world, threads, answer=answer) as pool:
         yield pool
 
 
@@ -136,6 +136,9 @@ def config_of(cell: Cell, plan: Plan | None) -> dict[str, object]:
         "suite": "simulated",
         "contender": "ringattn",
         "mask": cell.mask,
+        "parameters": cell.sampled().parameters,
+        "lengths": "short",
+        "pack": 0,
         "seq_len": cell.seq_len,
         "method": cell.method,
         "layout": plan.layout.name if plan is not None else "auto",
@@ -209,11 +212,13 @@ def parser() -> argparse.ArgumentParser:
     """Arguments."""
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     made.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
-    made.add_argument("--masks", nargs="+", default=list(NAMES), choices=NAMES, metavar="MASK")
+    made.add_argument(
+        "--masks", nargs="+", default=["all"], metavar="MASK", help="names, or all, longca, ours"
+    )
     made.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=tuple(METHODS), metavar="METHOD"
     )
-    made.add_argument("--seq-len", type=int, default=2048, help="a power of two")
+    made.add_argument("--seq-len", type=int, default=2048, help="of every mask")
     made.add_argument("--heads", type=int, nargs=2, default=[8, 2], metavar=("HQ", "HKV"))
     made.add_argument("--head-dim", type=int, default=64)
     made.add_argument("--repeats", type=int, default=5)
@@ -227,10 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parser().parse_args(argv)
     try:
-        if args.seq_len < LEAST or args.seq_len & (args.seq_len - 1):
-            raise UserError(
-                f"--seq-len {args.seq_len}", f"must be a power of two, at least {LEAST}", "try 2048"
-            )
+        args.masks = expanded(args.masks)
+        if args.seq_len < LEAST:
+            raise UserError(f"--seq-len {args.seq_len}", f"must be at least {LEAST}", "try 2048")
         if min(args.world) < 2 or args.repeats < 1:
             raise UserError(
                 "--world, --repeats", "need 2 ranks and 1 repeat at least", "see --help"

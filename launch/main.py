@@ -8,6 +8,7 @@ ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
 ringattn doctor [--out cluster.yaml]
 ringattn export RUN --out FOLDER
+ringattn report RESULTS ... [--out report.html]
 """
 
 import argparse
@@ -20,6 +21,7 @@ from ringattn.errors import UserError
 from ringattn.launch.failure import run_reporting
 from ringattn.launch.main_context import add_evaluate, add_launcher, add_needles
 from ringattn.launch.main_doctor import add_doctor
+from ringattn.launch.main_report import add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_needles(commands)
     add_doctor(commands)
     _add_export(commands)
+    add_report(commands)
     return parser
 
 
