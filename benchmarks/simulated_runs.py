@@ -213,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     made.add_argument("--world", type=int, nargs="+", default=[2, 4], help="numbers of ranks")
     made.add_argument(
-        "--masks", nargs="+", default=["all"], metavar="MASK", help="names, or all, longca, ours"
+        "--masks", nargs="+", default=["longca"], metavar="MASK", help="names, or all, longca, ours"
     )
     made.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=tuple(METHODS), metavar="METHOD"

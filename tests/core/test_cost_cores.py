@@ -45,13 +45,13 @@ def test_calls_are_those_that_the_kernel_makes(method, direction):
         for rank in range(schedule.world):
             tasks = schedule.tasks
             mine = tasks[(tasks["step"] == step) & (tasks["rank"] == rank)]
-            slots = ("qslot", "kslot", "oslot", "gslot")
+            slots: list[str] = ["qslot", "kslot", "oslot", "gslot"]
             calls = [
                 call
-                for key in np.unique(mine[list(slots)])
+                for key in np.unique(mine[slots])
                 for call in getattr(
                     CpuFlashKernel().prepare(
-                        tiles_of(mine[mine[list(slots)] == key]), torch.device("cpu")
+                        tiles_of(mine[mine[slots] == key]), torch.device("cpu")
                     ),
                     direction,
                 )
