@@ -81,14 +81,18 @@ class Forget:
 Request = Prepare | Time | Forget
 
 
+Answer = Callable[[Any, int, int, dict[str, Any]], Any]
+"""Answers a request on a rank: request, rank, world, and what is kept between requests."""
+
+
 class RankPool:
     """`world` processes that serve requests, with `threads` each. Use as a context manager.
 
-    They talk over gloo, or over NCCL with one GPU each where the device is "cuda".
-
     Args:
-        answer: what a rank does with a request, of a module: (request, rank, world, state) → what
-            `ask` returns of it. `state` is a dict that lives as long as the rank.
+        device: they talk over gloo, or over NCCL with one GPU each where it is "cuda".
+        answer: a function at module level, called on every rank for each request; by default that
+            of `Prepare`, `Time` and `Forget`.
+        timeout: of the default group.
     """
 
     def __init__(
@@ -96,7 +100,8 @@ class RankPool:
         world: int,
         threads: int = 1,
         device: str = "cpu",
-        answer: Callable[..., Any] | None = None,
+        answer: Answer | None = None,
+        timeout: timedelta = GROUP_TIMEOUT,
     ) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
@@ -111,7 +116,7 @@ class RankPool:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world, threads, device, self._store.port, there, answer or _answer),
+                args=(rank, world, threads, device, self._store.port, there, answer, timeout),
                 daemon=True,
             )
             process.start()
@@ -174,25 +179,24 @@ def _serve(
     device: str,
     port: int,
     pipe: Connection,
-    answer: Callable[..., Any],
+    answer: Answer | None,
+    timeout: timedelta,
 ) -> None:
     torch.set_num_threads(threads)
     exit_with_parent()
     if device == "cuda":
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT
-    )
-    state: dict[str, Any] = {}
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    kept: dict[str, Any] = {}
     while True:
         try:
             request = pipe.recv()
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, answer(request, rank, world, state)))
+            pipe.send((True, (answer or _answer)(request, rank, world, kept)))
         except Exception:  # the parent reports it and ends the pool
             pipe.send((False, traceback.format_exc()))
 
