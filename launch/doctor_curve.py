@@ -36,13 +36,12 @@ _PAUSE_S = 2e-3
 
 @dataclass(frozen=True, kw_only=True)
 class CurveWork:
-    """Heads, head dim and dtype of the launches; each is timed `passes` times, and more often
-    until `seconds` are over."""
+    """Heads, head dim and dtype of the launches; each is timed once, and more often until
+    `seconds` are over."""
 
     heads: tuple[int, int] = (8, 2)
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
-    passes: int = 3
     seconds: float = 8.0
 
 
@@ -97,7 +96,7 @@ def measure_curve(work: CurveWork) -> dict[str, Any]:
     samples = [s for plan in sample_plans(work) for s in _samples(plan, work)]
     seconds: list[list[float]] = [[] for _ in samples]
     start_of_all, number = time.monotonic(), 0
-    while number <= work.passes or time.monotonic() - start_of_all < work.seconds:
+    while number <= 1 or time.monotonic() - start_of_all < work.seconds:
         for sample, mine in zip(samples, seconds, strict=True):
             sample.clear()
             time.sleep(_PAUSE_S)

@@ -235,12 +235,13 @@ class Examination:
         wanted = self.request.out and not self.request.quick
         if self.device.type != "cpu" or not wanted:
             return True
-        for number, (step, call) in enumerate(
-            (
-                ("kernel curve", lambda: measure_curve(CurveWork())),
-                ("executor", lambda: measure_executor(ExecutorWork(), self.world, self.rank)),
-            )
-        ):
+        seconds = min(15.0, self.request.timeout / 6)
+        curve, executor = CurveWork(seconds=seconds), ExecutorWork(passes=3 if seconds < 10 else 5)
+        parts = (
+            ("kernel curve", lambda: measure_curve(curve)),
+            ("executor", lambda: measure_executor(executor, self.world, self.rank)),
+        )
+        for number, (step, call) in enumerate(parts):
             self.progress.show("executor", number, 2)
             answers = self._attempt(step, call)
             if self._failed(f"measuring the {step}", answers):
