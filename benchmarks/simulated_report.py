@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from ringattn.benchmarks.record import Record
 
 NAME = "bench.simulated"
@@ -53,6 +55,6 @@ def _row(name: str, records: Sequence[Record]) -> str:
         cells += [
             f"{statistics.median(sizes):.1%}",
             f"{statistics.median(errors):+.1%}",
-            f"{sizes[int(0.9 * (len(sizes) - 1))]:.1%}",
+            f"{np.quantile(sizes, 0.9):.1%}",
         ]
     return f"| {' | '.join(cells)} |"

@@ -74,7 +74,7 @@ def test_the_table_holds_medians_and_what_is_missing(tmp_path: Path) -> None:
     recorder.refused(NAME, "c3", "x", "impossible", {"ranks": 2, "method": "ring", "mask": "m3"})
     lines = error_table(read_records(recorder.path))
     assert lines[0] == "3 cells measured, 1 refused or failed"
-    assert "| all | 3 | 10.0% | +10.0% | 10.0% | 2.0% | +2.0% | 2.0% |" in lines
+    assert "| all | 3 | 10.0% | +10.0% | 26.0% | 2.0% | +2.0% | 3.6% |" in lines
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
