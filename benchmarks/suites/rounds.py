@@ -219,12 +219,17 @@ class Unit:
         return half_interval(values) <= self.common.precision
 
     def _forget(self) -> None:
+        self._base_lives = -1
         for world in {1, self.world}:
             if self.ranks.lives(world) and (
                 self.ranks.worlds is None or world in self.ranks.worlds
             ):
-                self._ask(world, do="forget")
-        self._base_lives = -1
+                try:
+                    self._ask(world, do="forget")
+                except RanksError as error:
+                    # Ranks that are started again hold nothing; lost ones are told by the next ask.
+                    if error.fatal:
+                        return
 
     def _record(self, outcome: Outcome) -> None:
         name = f"bench.{self.suite}"

@@ -36,7 +36,7 @@ SMALL = Problem(mask="documents_causal", seq_len=128, head_dim=8)
 def local():
     """Ranks of this host that all tests of the module share."""
     with ExitStack() as stack:
-        yield LocalRanks(stack, "cpu", 1, 60.0)
+        yield LocalRanks(stack, "cpu", 1, 100.0)
 
 
 @pytest.fixture
