@@ -149,11 +149,7 @@ def _log_uniform(name: str, value: Any) -> Lengths:
 
 
 def _mix(name: str, value: Any) -> Lengths:
-    share, low, high = (
-        float(value["histogram_share"]),
-        int(value["shortest"]),
-        int(value["longest"]),
-    )
+    share, low, high = float(value["histogram_share"]), int(value["shortest"]), int(value["longest"])
     if len(value) != 4 or not 0 <= share < 1 or not 1 <= low <= high:
         raise ValueError("0 <= histogram_share < 1 and 1 <= shortest <= longest, no other key")
     base = read_lengths(str(value["histogram"]))

@@ -352,9 +352,7 @@ def _wire_gap(answers: Sequence[Mapping[str, Any]]) -> str:
         for name in PASSES:
             planned, received = answer["planned"][name], answer["received"][name]
             if planned != received:
-                return (
-                    f"{name} on rank {rank}: the plan counts {planned} bytes, the wire {received}"
-                )
+                return f"{name} on rank {rank}: the plan counts {planned} bytes, the wire {received}"
     return ""
 
 

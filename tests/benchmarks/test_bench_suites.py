@@ -61,7 +61,9 @@ def unit(
     return Unit("methods", settings, local, Recorder(out), SMALL, world, entrants)
 
 
-def test_every_cell_is_recorded_once(settings: Settings, local: LocalRanks, tmp_path: Path) -> None:
+def test_every_cell_is_recorded_once(
+    settings: Settings, local: LocalRanks, tmp_path: Path
+) -> None:
     out = tmp_path / "methods.jsonl"
     methods_suite.run(settings, Recorder(out), silent(), local)
     records = read_records(out)
