@@ -7,6 +7,7 @@ ringattn sample RUN --prompt TEXT
 ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
 ringattn doctor [--out cluster.yaml]
+ringattn bench SUITE [--settings NAME] [--out DIR]
 ringattn export RUN --out FOLDER
 ringattn report RESULTS ... [--out report.html]
 """

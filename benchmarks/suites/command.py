@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ringattn.benchmarks.record import Recorder, Tally
+from ringattn.benchmarks.record import Recorder, Tally, keep_figures
 from ringattn.benchmarks.suites import (
     kernels_suite,
+    marker,
     masks_suite,
     measured_scaling,
     methods_suite,
@@ -51,6 +52,7 @@ class Request:
         out: folder of the records. launcher: as in `discover_ranks`.
         ranks, masks, methods: in place of the settings'. peers: whether they run beside.
         simulate: scaling is predicted for clusters. overrides: section.key=value.
+        retry: what was refused or ended in an error is measured again.
     """
 
     suite: str
@@ -62,6 +64,7 @@ class Request:
     methods: tuple[str, ...] | None = None
     peers: bool | None = None
     simulate: bool = False
+    retry: bool = False
     overrides: tuple[str, ...] = ()
 
 
@@ -150,7 +153,10 @@ def _run(request: Request, settings: Settings, ranks: AskedRanks, show: Progress
     try:
         for suite in _suites(request):
             path = Path(request.out) / f"{suite}.jsonl"
+            if request.retry:
+                keep_figures(path)
             recorder = Recorder(path)
+            marker.blame(recorder)
             _suite(suite, settings, recorder, show, ranks)
             show.close()
             tally = Tally.of(path)
@@ -168,6 +174,10 @@ def _suite(
 ) -> None:
     if suite in _OF_RANKS and not (suite == "scaling" and settings.simulate):
         _OF_RANKS[suite](settings, recorder, show, ranks)
+    elif ranks.worlds is not None and not settings.simulate:
+        reason = f"{suite} starts ranks of its own: run it without a launcher"
+        show.note(reason)
+        recorder.refused(f"bench.{suite}", f"under-a-launcher-{ranks.worlds[0]}", "1", reason)
     else:
         # Imported when asked for: training and the simulator take their time.
         module = importlib.import_module(f"ringattn.benchmarks.suites.{suite}_suite")
