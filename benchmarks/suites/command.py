@@ -29,7 +29,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.failure import AlreadyToldError
-from ringattn.launch.launchers import Launcher, discover_ranks
+from ringattn.launch.launchers import Launcher, discover_ranks_once
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import run_rank
@@ -79,7 +79,7 @@ def bench(request: Request) -> int:
         UserError: a request or settings that cannot be met.
     """
     settings = resolved(request)
-    found = discover_ranks(os.environ, request.launcher)
+    found = discover_ranks_once(os.environ, request.launcher)
     _check_out(request.out)
     if found is None:
         return _alone(request, settings)
