@@ -165,7 +165,7 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
             vocab_size=_int(entry.get("vocab"), known["vocab"]),
             tied=False,
         )
-    seq_len = _int(entry.get("seq_len"), 0)
+    seq_len = _corrected(note) or _int(entry.get("seq_len"), 0)
     kind, directions = kind_of(metric, unit, alone)
     if re.search(r"^(oom|fail|out of memory)", entry.get("value", "").lower()):
         kind, directions = "verdict", ()  # in the place of a figure
@@ -211,6 +211,12 @@ def _directions(metric: str) -> tuple[str, ...]:
     if re.search(r"bwd|backward", metric):
         return both[1:]
     return both[:1] if re.search(r"fwd|forward", metric) else both
+
+
+def _corrected(note: str) -> int | None:
+    """The length that a note gives in place of a cell that it calls wrong."""
+    found = re.search(r"equals the (\d+)k .*label is probably wrong", note.lower())
+    return int(found.group(1)) << 10 if found else None
 
 
 @lru_cache(maxsize=256)
