@@ -78,6 +78,8 @@ def kernel_of(row: Published) -> str:
         return name
     if modern == "ampere" or re.search(r"ring.?flash|burst|alst|arctic", row.source.lower()):
         return "fa2"
+    if row.method.lower().startswith("upipe"):
+        return "fa3"
     if modern == "blackwell":
         return "cudnn"
     return "cudnn" if "nemo" in row.source.lower() else "fa2" if row.shape else "fa3_unfused"

@@ -137,9 +137,9 @@ def step_parts(row: Published, prices: Prices) -> StepParts:
     computing = sum(seconds.values())
     exchange = exchange_seconds(row, shape, whole, figures.step("exchange_share"), runs)
     exchange += host_bytes(row, shape, tokens) / (1e9 * figures.step("host_gbs"))
-    power = 1.0 + figures.step("overlap")
-    joined = (computing**power + exchange**power) ** (1 / power)
-    seconds["exchange"] = joined - computing
+    # What is longer, and the part of what is shorter that nothing hides.
+    shown = figures.step("exposed") * min(computing, exchange)
+    seconds["exchange"] = max(computing, exchange) + shown - computing
     if not forward_only:
         ranks = row.gpus if stage_of(row) else 1
         mine = shape.parameters / (row.tp * row.pp) / max(1, ranks // (row.tp * row.pp))
