@@ -36,6 +36,8 @@ TILED_STREAMS = 12.5
 """Hidden states of all tokens that a layer holds beside the one whose MLP is computed in tiles."""
 HOST_STATES = 30
 """Bytes of host memory per parameter whose optimizer is there, pinned copies included."""
+PLAIN_STREAMS = 10
+"""Hidden states of a layer that tensor parallelism without sequence parallelism does not share."""
 COMPILED = 0.8
 """Share of a layer's kept activations that compiled code keeps."""
 TILE = 8192
@@ -66,9 +68,9 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     stream = NARROW * tokens * shape.dim
     layers = shape.layers / row.pp
     layer = layer_bytes(shape, tokens)
+    source = source_of(row)
     if forward_only:
-        share = figures.step("cache_share") if row.tp == 1 else 0.0
-        kept = NARROW * 2 * tokens * shape.kv_width * layers * share
+        kept = NARROW * 2 * tokens * shape.kv_width * layers * float(source.get("cache", 1.0))
     else:
         kept = stream * layers * (float(check["inputs"]) + float(check["outputs"]))
         compiled = COMPILED if row.says("compile") else 1.0
@@ -79,9 +81,9 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     if entry_for("methods", row.method)["family"] == "megatron-tp-plain":
         # Without sequence parallelism every rank holds the residual stream of all tokens.
         whole = stream * (row.tp - 1)
-        kept += whole * (1.0 if forward_only else 8 * layers * float(check["layer"]))
+        kept += 0.0 if forward_only else PLAIN_STREAMS * whole * layers * float(check["layer"])
         layer += 2 * whole
-    source = source_of(row)
+        parts["outer"] += NARROW * shape.head_parameters * (row.tp - 1) / row.tp
     work = (
         figures.step("work_layers")
         * float(source["work"])
@@ -97,13 +99,17 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     # Scores of blocks of a ring, where attention is not fused.
     entry = entry_for("methods", row.method)
     block = NARROW * shape.heads * batch_of(row) * tokens**2 / max(batch_of(row), 1.0) ** 2
+    scores = 0.0
     if entry.get("scores") == "all":
-        parts["scores"] = row.cp * block * (1.7 if forward_only else layers)
+        scores = row.cp * block * (2 if forward_only else layers)
     elif entry.get("scores") == "one":
-        parts["scores"] = block
-    parts |= {"kept": kept, "work": max(work, 0.0), "logits": logits}
-    if forward_only:
+        scores = block * (3 if forward_only else 2)
+    parts |= {"kept": kept, "work": max(work, 0.0), "logits": logits, "scores": scores}
+    if forward_only:  # layers and head come one after the other, and nothing waits for a backward
         parts["work"] /= 3
+        later = "logits" if logits < scores + parts["work"] else "work"
+        parts[later] = 0.0
+        parts["scores"] = 0.0 if later == "work" else scores
     if "nvml" in row.metric or "driver" in row.note.lower():
         parts["context"] = GIB * figures.step("context_gib")
     return MemoryParts(parts)

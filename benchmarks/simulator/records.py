@@ -170,6 +170,9 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
     if re.search(r"^(oom|fail|out of memory)", entry.get("value", "").lower()):
         kind, directions = "verdict", ()  # in the place of a figure
     value = _value(entry.get("value", ""), unit, kind)
+    if kind == "memory" and value is not None and unit.lower() == "gb":
+        system = entry_for("sources", f"{entry.get('source', '')} | {method}")
+        value *= float(system.get("gb", 1e9)) / 1e9
     if kind == "length" and not seq_len:
         seq_len = int(value or 0)
     return Published(
