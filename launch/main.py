@@ -8,6 +8,7 @@ ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
 ringattn doctor [--out cluster.yaml]
 ringattn export RUN --out FOLDER
+ringattn report RESULTS ... [--out report.html]
 """
 
 import argparse
@@ -18,8 +19,10 @@ from pathlib import Path
 
 from ringattn.errors import UserError
 from ringattn.launch.failure import run_reporting
+from ringattn.launch.main_bench import add_bench
 from ringattn.launch.main_context import add_evaluate, add_launcher, add_needles
 from ringattn.launch.main_doctor import add_doctor
+from ringattn.launch.main_report import add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_needles(commands)
     add_doctor(commands)
+    add_bench(commands)
     _add_export(commands)
+    add_report(commands)
     return parser
 
 
