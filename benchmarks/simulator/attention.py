@@ -23,6 +23,8 @@ from ringattn.cost import Cluster, Survey, price_survey, survey
 from ringattn.errors import UserError
 from ringattn.schedule import Direction
 
+MOST_RANKS = 4096
+"""Of one sequence that are planned."""
 _KEPT = 4096
 """Prices that are remembered."""
 
@@ -53,6 +55,8 @@ def attention_of(row: Published) -> Attention:
     cp, tp = row.cp, row.tp
     if row.kind == "attention":
         cp = 1 if entry["plan"] == "local" else row.gpus
+    if cp > MOST_RANKS:
+        raise UserError(f"{cp} ranks", f"are more than the {MOST_RANKS} of a plan", "state fewer")
     heads = max(1, row.heads[0] // tp), max(1, row.heads[1] // tp)
     plan = "local" if cp == 1 else str(entry["plan"])
     return Attention(

@@ -19,6 +19,8 @@ BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes"
 UNSPLIT, LONG = 16384, 65536
 """Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of
 80 GiB GPUs is enough, where a table does not say."""
+MOST = 1e12
+"""Counts above are slips of the pen."""
 _OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
 _RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
 
@@ -229,10 +231,12 @@ def memory_named(hardware: str) -> float:
 
 
 def _int(text: Any, default: int) -> int:
+    """A count; the default where a cell holds none that could be meant."""
     try:
-        return int(float(str(text).replace(",", ""))) or default
+        number = float(str(text).replace(",", ""))
     except ValueError:
         return int(default)
+    return int(number) if 1 <= number <= MOST else int(default)
 
 
 def _value(text: str, unit: str, kind: str) -> float | None:
