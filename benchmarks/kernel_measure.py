@@ -18,8 +18,8 @@ import torch
 
 import ringattn as ra
 from ringattn.benchmarks.kernel_cases import Case
-from ringattn.benchmarks.memory_trace import MemoryTrace
 from ringattn.benchmarks.kernel_reference import Reference, Sample, reference
+from ringattn.benchmarks.memory_trace import MemoryTrace
 from ringattn.benchmarks.peers.base import Tensors
 from ringattn.cost.kernel_time import pair_flops
 from ringattn.errors import UserError
@@ -226,8 +226,14 @@ class Bench:
         return {"dq": dq.to(q.dtype), "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}, timing, prepare
 
     def _outcome(
-        self, direction: Direction, got: dict, timing: Timing | None, prepare: float, _: Any = None
+        self,
+        direction: Direction,
+        got: dict,
+        timing: Timing | None,
+        prepare: float,
+        lse: torch.Tensor | None = None,
     ) -> Outcome:
+        del lse
         assert timing is not None
         errors = {}
         if self.check:

@@ -212,6 +212,15 @@ class Tally:
         return f"{self.figures} figures, {self.refusals} refusals, {self.errors} errors"
 
 
+def keep_figures(path: str | os.PathLike[str]) -> None:
+    """Takes refusals and errors out of a file, so that they are measured again."""
+    path, kept = Path(path), [r for r in read_records(path) if r.status == "ok"]
+    if path.exists():
+        new = path.with_suffix(".new")
+        new.write_text("".join(record.to_json() + "\n" for record in kept), encoding="utf-8")
+        os.replace(new, path)
+
+
 def refused(error: UserError) -> NoReturn:
     """Ends a command with the error's one line and exit code 2, that of a user's mistake."""
     print(error, file=sys.stderr)

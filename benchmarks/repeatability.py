@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--direction", choices=("forward", "backward", "both"), default="both")
     args = parser.parse_args(arguments)
     try:
-        records = [read_records(path) for path in (args.first, args.second)]
-        pairs = pairs_of(*records, args.figure, args.direction)
+        first, second = read_records(args.first), read_records(args.second)
+        pairs = pairs_of(first, second, args.figure, args.direction)
         if not pairs:
             raise UserError(
                 f"{args.first} {args.second}",

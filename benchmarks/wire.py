@@ -25,8 +25,8 @@ def counted_wire(rank: int, world: int) -> Iterator[Wire]:
     """Counts the payload that calls of torch.distributed send to other ranks inside the block.
 
     Collectives count what the ring algorithm sends, and receives: all-gather (P - 1) inputs,
-    reduce-scatter (P - 1) / P of its input, all-reduce both. Broadcast, gather, scatter and reduce are refused
-    with a RuntimeError. Not for groups other than that of all ranks.
+    reduce-scatter (P - 1) / P of its input, all-reduce both. Broadcast, gather, scatter and reduce
+    are refused with a RuntimeError. Not for groups other than that of all ranks.
     """
     wire = Wire()
     with ExitStack() as stack:
@@ -112,8 +112,9 @@ def _all_to_all_single_received(
     )
 
 
-def _all_to_all_received(rank: int, world: int, outputs: Sequence[torch.Tensor], inputs: Any, *_: Any,
-                         **kwargs: Any) -> int:  # fmt: skip
+def _all_to_all_received(
+    rank: int, world: int, outputs: Sequence[torch.Tensor], inputs: Any, *_: Any, **kwargs: Any
+) -> int:
     return _all_to_all(rank, world, inputs, outputs, **kwargs)
 
 

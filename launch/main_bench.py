@@ -42,6 +42,11 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="other systems side by side, where they are installed (default: as the settings say)",
     )  # fmt: skip
     bench.add_argument(
+        "--retry", action="store_true",
+        help="measure again what was refused or ended in an error, for example after an "
+        "installation",
+    )  # fmt: skip
+    bench.add_argument(
         "--simulate", action="store_true", help="scaling is predicted for clusters, not measured"
     )
     add_launcher(bench)
@@ -70,6 +75,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             methods=names["methods"],
             peers=arguments.peers,
             simulate=arguments.simulate,
+            retry=arguments.retry,
             overrides=(*arguments.overrides, *late),
         )
     )

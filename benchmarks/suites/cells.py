@@ -56,9 +56,7 @@ class Problem:
 
     def shape(self, device: str = "cpu") -> Shape:
         """The shape as peers take it."""
-        return Shape(
-            *self.heads, self.head_dim, self.seed, getattr(torch, self.dtype), device
-        )
+        return Shape(*self.heads, self.head_dim, self.seed, getattr(torch, self.dtype), device)
 
     def inputs(self, device: str = "cpu") -> Tensors:
         """Whole q, k, v, dout (1, S, heads, D), equal in every process."""
@@ -107,7 +105,9 @@ BASELINE = Entrant(method="ring", layout="contiguous")
 """What CPU times are compared with: our kernel on the whole mask, in one process."""
 
 
-def problems(common: Common, seq_lens: tuple[int, ...], masks: tuple[str, ...]) -> Iterator[Problem]:
+def problems(
+    common: Common, seq_lens: tuple[int, ...], masks: tuple[str, ...]
+) -> Iterator[Problem]:
     """The product of masks, lengths and packs. Masks that sample nothing come once."""
     for seq_len in seq_lens:
         for mask in masks:

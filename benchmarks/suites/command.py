@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ringattn.benchmarks.record import Recorder, Tally
+from ringattn.benchmarks.record import Recorder, Tally, keep_figures
 from ringattn.benchmarks.suites import (
     kernels_suite,
+    marker,
     masks_suite,
     measured_scaling,
     methods_suite,
@@ -28,7 +29,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
 from ringattn.launch.failure import AlreadyToldError
-from ringattn.launch.launchers import Launcher, discover_ranks
+from ringattn.launch.launchers import Launcher, discover_ranks_once
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import run_rank
@@ -51,6 +52,7 @@ class Request:
         out: folder of the records. launcher: as in `discover_ranks`.
         ranks, masks, methods: in place of the settings'. peers: whether they run beside.
         simulate: scaling is predicted for clusters. overrides: section.key=value.
+        retry: what was refused or ended in an error is measured again.
     """
 
     suite: str
@@ -62,6 +64,7 @@ class Request:
     methods: tuple[str, ...] | None = None
     peers: bool | None = None
     simulate: bool = False
+    retry: bool = False
     overrides: tuple[str, ...] = ()
 
 
@@ -76,7 +79,7 @@ def bench(request: Request) -> int:
         UserError: a request or settings that cannot be met.
     """
     settings = resolved(request)
-    found = discover_ranks(os.environ, request.launcher)
+    found = discover_ranks_once(os.environ, request.launcher)
     _check_out(request.out)
     if found is None:
         return _alone(request, settings)
@@ -150,7 +153,10 @@ def _run(request: Request, settings: Settings, ranks: AskedRanks, show: Progress
     try:
         for suite in _suites(request):
             path = Path(request.out) / f"{suite}.jsonl"
+            if request.retry:
+                keep_figures(path)
             recorder = Recorder(path)
+            marker.blame(recorder)
             _suite(suite, settings, recorder, show, ranks)
             show.close()
             tally = Tally.of(path)
@@ -168,6 +174,10 @@ def _suite(
 ) -> None:
     if suite in _OF_RANKS and not (suite == "scaling" and settings.simulate):
         _OF_RANKS[suite](settings, recorder, show, ranks)
+    elif ranks.worlds is not None and not settings.simulate:
+        reason = f"{suite} starts ranks of its own: run it without a launcher"
+        show.note(reason)
+        recorder.refused(f"bench.{suite}", f"under-a-launcher-{ranks.worlds[0]}", "1", reason)
     else:
         # Imported when asked for: training and the simulator take their time.
         module = importlib.import_module(f"ringattn.benchmarks.suites.{suite}_suite")

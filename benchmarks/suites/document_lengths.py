@@ -8,8 +8,8 @@ A file is YAML (or JSON, which is YAML) with one of three keys:
 
 Lengths are drawn one by one: a bin by weight, a uniform integer inside it, clipped to what remains
 of the sequence. A mix draws documents from a histogram until they hold its share of the tokens, the
-rest uniform from `shortest` to `longest`, and shuffles them. ``ringattn prepare`` writes such a file
-beside a corpus; the shipped ones lie in ``configs/bench/lengths``.
+rest uniform from `shortest` to `longest`, and shuffles them. ``ringattn prepare`` writes such a
+file beside a corpus; the shipped ones lie in ``configs/bench/lengths``.
 
 Sequences shorter than `WHOLE` are drawn at that length and scaled down, so that a small test has
 as many documents, of the same relative lengths, as a real pack.
@@ -149,7 +149,11 @@ def _log_uniform(name: str, value: Any) -> Lengths:
 
 
 def _mix(name: str, value: Any) -> Lengths:
-    share, low, high = float(value["histogram_share"]), int(value["shortest"]), int(value["longest"])
+    share, low, high = (
+        float(value["histogram_share"]),
+        int(value["shortest"]),
+        int(value["longest"]),
+    )
     if len(value) != 4 or not 0 <= share < 1 or not 1 <= low <= high:
         raise ValueError("0 <= histogram_share < 1 and 1 <= shortest <= longest, no other key")
     base = read_lengths(str(value["histogram"]))

@@ -1,4 +1,4 @@
-"""Holds results against a float64 reference: whole ones of short sequences, samples of long ones."""
+"""Holds results against a float64 reference: those of short sequences whole, a sample of others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -30,9 +30,7 @@ class SuiteCase(Case):
     def of(cls, problem: Problem) -> "SuiteCase":
         """The case of a problem."""
         dims = (problem.head_dim, problem.head_dim)
-        return cls(
-            problem.mask, problem.seq_len, problem.heads, dims, problem.dtype, problem
-        )
+        return cls(problem.mask, problem.seq_len, problem.heads, dims, problem.dtype, problem)
 
     def build(self) -> Mask:
         """The mask."""

@@ -77,9 +77,7 @@ def _record(
     device: str,
     found: dict[str, dict[str, Any]],
 ) -> None:
-    command = settings.command(
-        "kernels", f"--masks {problem.mask}", f"kernels.kernels=[{kernel}]"
-    )
+    command = settings.command("kernels", f"--masks {problem.mask}", f"kernels.kernels=[{kernel}]")
     for direction in DIRECTIONS:
         case = _case(problem, kernel, direction, device)
         if recorder.has(NAME, case):

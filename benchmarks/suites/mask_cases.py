@@ -330,9 +330,7 @@ def _tiled(axes: int, tile: int, around: int) -> Callable[[Draw], Sampled]:
             max(d for d in range(1, m + 1) if extent % d == 0)
             for m, extent in zip(most, shape, strict=True)
         ]
-        windows = [
-            min(around * t, extent // t * t) for t, extent in zip(tiles, shape, strict=True)
-        ]
+        windows = [min(around * t, extent // t * t) for t, extent in zip(tiles, shape, strict=True)]
         mask = ra.masks.neighborhood(shape, windows, stride=tiles, tile=tiles)
         return Sampled(mask, {"shape": list(shape), "window": windows, "tile": tiles})
 

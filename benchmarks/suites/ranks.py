@@ -156,7 +156,7 @@ class LaunchedRanks:
                 return
             self._session.where.enter(f"bench: {request['do']}")
             key = f"answer {self._number} {self._rank}"
-            self._store.set(key, packed(self._own(request)))
+            self._store.set(key, packed(self._own(request)))  # pyright: ignore[reportArgumentType]
 
     def end(self) -> None:
         """Lets the other ranks go."""

@@ -7,6 +7,7 @@ too: CPU times are compared with it, so that what a busy machine does to both ca
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from ringattn.benchmarks.record import Recorder
 from ringattn.benchmarks.suites.cells import BASELINE, DIRECTIONS, OURS, Entrant, Problem
 from ringattn.benchmarks.suites.judge import Judge
+from ringattn.benchmarks.suites.marker import marked
 from ringattn.benchmarks.suites.ranks import AskedRanks, RanksError
 from ringattn.benchmarks.suites.settings import Common, Settings
 
@@ -123,6 +125,12 @@ class Unit:
     def _ask(self, world: int, **request: Any) -> list[dict[str, Any]]:
         return self.ranks.ask(world, request)
 
+    def _marked(self, outcome: Outcome) -> AbstractContextManager[None]:
+        """Remembers the entrant in case that a launcher's job dies of it."""
+        cases = {self._case(outcome.entrant, d): self._config(outcome, d) for d in DIRECTIONS}
+        launched = self.ranks.worlds is not None
+        return marked(self.recorder, launched, f"bench.{self.suite}", UNIT, cases)
+
     def _request(self, entrant: Entrant, judge: Judge) -> dict[str, Any]:
         return {
             "do": "prepare", "problem": asdict(self.problem), "entrant": asdict(entrant),
@@ -132,7 +140,8 @@ class Unit:
     def _prepare(self, outcome: Outcome, judge: Judge, show: Callable[[str], None]) -> None:
         show(f"{self.problem.mask} on {self.world}: {outcome.entrant.key}")
         try:
-            answers = self.ranks.ask(self.world, self._request(outcome.entrant, judge))
+            with self._marked(outcome):
+                answers = self.ranks.ask(self.world, self._request(outcome.entrant, judge))
         except RanksError as error:
             outcome.stop("error", _about(str(error)))
             if error.fatal:
@@ -154,8 +163,9 @@ class Unit:
         """Timed rounds; the first `warm_up` are not counted."""
         judge = self._baseline_judge()
         for number in range(-self.common.warm_up, self.common.most):
-            running = [o for o in found if o.status == "ok"]
-            if number >= self.common.least and all(self._sure(o) for o in running):
+            enough = number >= self.common.least
+            running = [o for o in found if o.status == "ok" and not (enough and self._sure(o))]
+            if not running:
                 break
             if self.common.most > 1:
                 show(f"{self.problem.mask} on {self.world}: round {number + 1}")
@@ -200,7 +210,8 @@ class Unit:
                 }  # fmt: skip
                 self.ranks.ask(self.world, request)
                 outcome.lives = self.ranks.lives(self.world)
-            times = self._ask(self.world, do="time", key=key, flush=self.common.flush)
+            with self._marked(outcome):
+                times = self._ask(self.world, do="time", key=key, flush=self.common.flush)
         except RanksError as error:
             outcome.stop("error", _about(str(error)))
             if error.fatal:
@@ -249,10 +260,10 @@ class Unit:
     def _config(self, outcome: Outcome, direction: str) -> dict[str, Any]:
         entrant, checked = outcome.entrant, outcome.checked
         first = checked[0] if checked else {}
-        command = self.settings.command(
-            self.suite, f"--masks {self.problem.mask}", f"--ranks {self.world}",
-            *([f"--methods {entrant.method}"] if self.suite == "methods" and entrant.method else []),
-        )  # fmt: skip
+        words = [f"--masks {self.problem.mask}", f"--ranks {self.world}"]
+        if self.suite == "methods" and entrant.method:
+            words.append(f"--methods {entrant.method}")
+        command = self.settings.command(self.suite, *words)
         return self.problem.config() | {
             "suite": self.suite,
             "contender": entrant.contender,
@@ -352,7 +363,9 @@ def _wire_gap(answers: Sequence[Mapping[str, Any]]) -> str:
         for name in PASSES:
             planned, received = answer["planned"][name], answer["received"][name]
             if planned != received:
-                return f"{name} on rank {rank}: the plan counts {planned} bytes, the wire {received}"
+                return (
+                    f"{name} on rank {rank}: the plan counts {planned} bytes, the wire {received}"
+                )
     return ""
 
 

@@ -148,7 +148,7 @@ class Settings:
         return " ".join(words) + (" --simulate" if self.simulate else "")
 
 
-SECTIONS: Mapping[str, type] = {
+SECTIONS: Mapping[str, Any] = {
     name: hint
     for name, hint in typing.get_type_hints(Settings).items()
     if dataclasses.is_dataclass(hint)
