@@ -6,7 +6,7 @@ of a training step. Settings are those of `configs/bench/scaling.yaml`.
 
 import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -22,13 +22,9 @@ from ringattn.methods import METHODS
 NAME, UNIT = "bench.scaling", "tokens/s/GPU"
 
 
-class Show(Protocol):
-    """Told what is done."""
-
-    def __call__(self, text: str) -> None: ...
-
-
-def run(settings: Settings | Mapping[str, Any], recorder: Recorder, show: Show) -> None:
+def run(
+    settings: Settings | Mapping[str, Any], recorder: Recorder, show: Callable[[str], object]
+) -> None:
     """Predicts every cell that the recorder does not hold and records it.
 
     Args:
