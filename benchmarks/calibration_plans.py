@@ -11,7 +11,8 @@ used, with the parts of its implementation that a plan can say:
                         node once; the gathered keys are reordered in `GATHER_PASSES` copies
     hybrid-cp           each document zigzag over the power of two of ranks that its work asks for
     magi-*              area_greedy in chunks of 2048, direct in two stages; magi-native sends
-                        rows that several ranks of a node need only once between nodes
+                        rows that several ranks of a node need only once between nodes; magi-a2av
+                        packs and unpacks around its all-to-all in `EXCHANGE_PASSES` copies
     burst-*             ring or double ring forward; flat rings circulate the query side backward
     kernel-*            one rank
 
@@ -30,11 +31,12 @@ from ringattn.layouts import Layout
 from ringattn.masks import Mask
 from ringattn.methods import all_gather, burst, direct, double_ring, heads, ring
 from ringattn.methods.common import Problem
-from ringattn.schedule import MOVE, Channel, Direction, Lane, Schedule, Shapes, Wire
+from ringattn.schedule import MOVE, Channel, Direction, Lane, Op, Schedule, Shapes, Wire
 
 MAGI_CHUNK, MAGI_STAGES, NODE = 2048, 2, 8
 # Passes over all gathered keys, values and their gradients that reorder, clear and add them.
 GATHER_PASSES = {"forward": 1, "backward": 16}
+EXCHANGE_PASSES = 3  # over rows that an all-to-all of unequal parts brings, to pack and unpack them
 _ROW = 1 << 40  # more than any row number
 
 
@@ -161,7 +163,9 @@ def _imitate(problem: Problem, direction: Direction, method: str) -> Schedule:
     if name == "magi":
         problem = replace(problem, options={"stages": MAGI_STAGES})
         schedule = direct.forward(problem) if forward else direct.backward(problem)
-        return once_per_node(schedule, node) if method == "magi-native" else schedule
+        if method == "magi-native":
+            return once_per_node(schedule, node)
+        return repacked(schedule, EXCHANGE_PASSES)
     if name == "burst":
         if "double" in method:
             return double_ring.forward(problem) if forward else double_ring.backward(problem)
@@ -221,6 +225,19 @@ def reordered(schedule: Schedule, passes: int) -> Schedule:
     extra["rows"] = passes * int(schedule.home_rows.sum())
     extra["nheads"] = schedule.shapes.kv_heads
     return replace(schedule, moves=np.concatenate([schedule.moves, extra]))
+
+
+def repacked(schedule: Schedule, passes: int) -> Schedule:
+    """Every rank copies all rows that others send it `passes` times."""
+    moves = schedule.moves
+    came = moves[moves["src"] != moves["dst"]].copy()
+    if not len(came):
+        return schedule
+    came["src"] = came["dst"]
+    came["rows"] *= passes
+    came["lane"] = Lane.INTRA
+    came["op"] = Op.SET
+    return replace(schedule, moves=np.concatenate([moves, came]))
 
 
 def once_per_node(schedule: Schedule, node: int) -> Schedule:

@@ -1,22 +1,28 @@
 """What rows of one kind share that the model does not say: small factors on speed, by name.
 
 An effect is a word or several that rows have in common ("method=ring mask=causal"), with a weight;
-its value is the logarithm of a factor on the row's speed, or on its memory. Values are drawn to
-zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known effects get the
-model's own figure.
+its value times the weight is the logarithm of a factor on the row's speed, or on its memory. Values
+are drawn to zero by the spreads in `configs/calibration/prior.yaml`, so that rows without known
+effects get the model's own figure. What rows differ in stands in the weight, never in the spread:
+an effect has one value, whoever shares it.
 """
 
 import math
 import re
+from functools import lru_cache
 
-from ringattn.benchmarks.simulator.attention import kernel_of
-from ringattn.benchmarks.simulator.figures import defaults
+from ringattn.benchmarks.simulator.attention import Prices, attention_of, kernel_of
+from ringattn.benchmarks.simulator.figures import Figures, defaults
 from ringattn.benchmarks.simulator.mask_names import group_named, kind_named
 from ringattn.benchmarks.simulator.records import Published
 from ringattn.benchmarks.simulator.tables import entry_for, same_hardware
 
-LONE = 0.3
-"""Spread of sessions on one GPU, over that of sessions on several."""
+DOCUMENTS = 2.4
+"""How much more an effect weighs on rows of documents: what they share differs by more."""
+START = 0.04
+"""Seconds of a call on several GPUs below which what happens at its start counts in full."""
+REPEATS = 16
+"""Repetitions of a measurement that says nothing else; of fewer, the noise is larger."""
 MEMORY = ("memory", "verdict", "length")
 """Kinds of figures that follow from bytes."""
 
@@ -43,6 +49,8 @@ def words(row: Published) -> dict[str, str]:
         "dtype": row.dtype,
         "settings": ",".join(sorted(set(switches))),
         "ranks": str(row.cp * row.tp),
+        "heads": str(row.heads),
+        "place": "nodes" if row.gpus > (row.per_node or 8) else "node",
         "session": f"{row.source}|{hardware}|{row.gpus}|{row.heads}|{row.seq_len}|{row.model}",
     }
 
@@ -55,6 +63,8 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
     if row.kind == "attention":
         single = row.gpus == 1
         sizes = {"attention": 1.0, "ranks": 0.0 if single else math.log2(row.gpus / 16)}
+        if own["group"] == "dense" and not single and row.seq_len > 0:
+            sizes["start"] = min(1.0, START / _usual_seconds(row))
     elif row.kind in MEMORY:
         sizes = {"memory": 1.0}
     else:
@@ -65,22 +75,30 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
             "split": math.log2(row.cp * row.tp / 8) / 2,
             "span": math.log2(row.gpus / 16) / 2,
         }
-    scale = 2.0 if own["group"] == "documents" else 1.0
+    scale = DOCUMENTS if own["group"] == "documents" else 1.0
     for kind, weight in sizes.items():
         for names, spread in table[kind].items():
             label = " ".join(f"{name}={own[name]}" for name in names.split())
-            wide = scale * float(spread)
-            if names == "session" and row.kind == "attention":
-                label += f" group={own['group']}"
-                # Sessions differ by their network most; one GPU has none.
-                wide *= LONE if row.gpus == 1 else 1.0
             if weight:
-                found[f"{kind}: {label}"] = weight, wide
+                found[f"{kind}: {label}"] = weight * scale, float(spread)
     return found
+
+
+@lru_cache(maxsize=1)
+def _data_sheets() -> Prices:
+    return Prices(Figures())
+
+
+def _usual_seconds(row: Published) -> float:
+    """Seconds of a row's attention by data sheets: the same whatever a fit has found."""
+    return _data_sheets().seconds(row, attention_of(row), row.directions)[0]
 
 
 def noise_of(row: Published) -> float:
     """Standard deviation of what even a known row does not repeat."""
     source = entry_for("sources", f"{row.source} | {row.method}")
     base = float(defaults()["effects"]["noise"]) * float(source.get("noise", 1.0))
+    repeats = re.search(r"(?:median|mean) of (\d+) runs?", row.note.lower())
+    if repeats:  # the standard error of so few
+        base *= max(1.0, math.sqrt(REPEATS / max(1, int(repeats.group(1)))))
     return 2 * base if group_named(row.mask) == "documents" else base

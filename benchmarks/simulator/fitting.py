@@ -39,7 +39,7 @@ class Linear:
     Attributes:
         rows: that can be predicted. names: of the figures. at: where, logarithms.
         error: log(predicted / published) of speed there. slope: (rows, figures).
-        effects: names. weights: (rows, effects), each times
+        effects: names. spreads: their prior deviations. weights: (rows, effects), each times
             the effect's prior deviation.
     """
 
@@ -49,6 +49,7 @@ class Linear:
     error: np.ndarray
     slope: np.ndarray
     effects: tuple[str, ...]
+    spreads: np.ndarray
     weights: np.ndarray
 
 
@@ -97,11 +98,12 @@ def linearise(rows: Sequence[Published], figures: Figures) -> Linear:
             if name in needed[index]:
                 value = _error(row, raw(row, prices).value, figures)
                 slope[index, column] = (value - errors[index]) / np.log1p(NUDGE)
-    labels = list(dict.fromkeys(name for row in kept for name in effects_of(row)))
-    place = {name: index for index, name in enumerate(labels)}
-    weights = np.zeros((len(kept), len(labels)))
-    for index, row in enumerate(kept):
-        for name, (weight, spread) in effects_of(row).items():
+    shared = [effects_of(row) for row in kept]
+    spreads = {name: spread for own in shared for name, (_, spread) in own.items()}
+    place = {name: index for index, name in enumerate(spreads)}
+    weights = np.zeros((len(kept), len(spreads)))
+    for index, own in enumerate(shared):
+        for name, (weight, spread) in own.items():
             weights[index, place[name]] = weight * spread
     return Linear(
         rows=tuple(kept),
@@ -109,7 +111,8 @@ def linearise(rows: Sequence[Published], figures: Figures) -> Linear:
         at=np.log([figures[name] for name in names]),
         error=np.array(errors),
         slope=slope,
-        effects=tuple(labels),
+        effects=tuple(spreads),
+        spreads=np.array(list(spreads.values())),
         weights=weights,
     )
 
@@ -148,21 +151,11 @@ def solve(model: Linear, use: np.ndarray) -> Calibration:
         count = np.where(kept_to, IGNORED, count)
     point = design.T @ dual
     figures = np.exp(centre + spread * point[: len(model.names)])
-    deviations = effect_spreads(model)
-    effects = deviations * point[len(model.names) :]
+    effects = model.spreads * point[len(model.names) :]
     return Calibration(
         Figures(dict(zip(model.names, figures.tolist(), strict=True))),
         dict(zip(model.effects, effects.tolist(), strict=True)),
     )
-
-
-def effect_spreads(model: Linear) -> np.ndarray:
-    """Prior standard deviation of each effect."""
-    found: dict[str, float] = {}
-    for row in model.rows:
-        for name, (_, spread) in effects_of(row).items():
-            found[name] = spread
-    return np.array([found[name] for name in model.effects])
 
 
 def folds_of(

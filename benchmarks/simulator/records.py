@@ -231,9 +231,12 @@ def memory_named(hardware: str) -> float:
 
 
 def _int(text: Any, default: int) -> int:
-    """A count; the default where a cell holds none that could be meant."""
+    """A count, also with K or M for powers of 1,024; the default where a cell holds none that
+    could be meant."""
+    plain = str(text).replace(",", "").strip().lower()
+    factor = {"k": 2**10, "m": 2**20}.get(plain[-1:], 1)
     try:
-        number = float(str(text).replace(",", ""))
+        number = float(plain.rstrip("km")) * factor
     except ValueError:
         return int(default)
     return int(number) if 1 <= number <= MOST else int(default)

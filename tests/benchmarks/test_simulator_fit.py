@@ -10,6 +10,7 @@ from ringattn.benchmarks import fit_simulator, validate_simulator
 from ringattn.benchmarks.simulator import fitting
 from ringattn.benchmarks.simulator.attention import Prices
 from ringattn.benchmarks.simulator.calibration_file import dump_calibration, load_calibration
+from ringattn.benchmarks.simulator.effects import noise_of
 from ringattn.benchmarks.simulator.figures import Figures
 from ringattn.benchmarks.simulator.memory_parts import memory_parts
 from ringattn.benchmarks.simulator.predict import Calibration, predict, raw_speed
@@ -116,3 +117,67 @@ def test_effects_move_rows_that_share_them_and_no_others(tmp_path):
     moved = [predict(row, fit, prices).value for row in rows]
     assert moved[0] == pytest.approx(1.1 * plain[0])
     assert moved[1] == plain[1]
+
+
+def shared_rows(tmp_path):
+    """Rows of two methods on dense masks and documents; the second's source is 1.2 times as fast
+    on all of them."""
+    made = []
+    for source, method in (("bench", "ulysses"), ("other", "ring")):
+        for mask in ("full", "causal", "doc_causal"):
+            for direction in ("fwd", "bwd"):
+                names = {"source": source, "method": method, "mask": mask, "seq_len": "32768"}
+                made.append(ATTENTION | names | {"metric": f"{direction}_tflops_per_gpu"})
+    rows = read(write(tmp_path / "t.csv", *made))
+    prices = Prices(Figures())
+    speeds = [raw_speed(row, prices).value * (1.2 if row.source == "other" else 1) for row in rows]
+    return [replace(row, value=speed) for row, speed in zip(rows, speeds, strict=True)]
+
+
+def test_predictions_are_those_of_the_linear_model(tmp_path):
+    rows = shared_rows(tmp_path)
+    model = fitting.linearise(rows, Figures())
+    fit = fitting.solve(model, np.arange(len(rows)))
+    moved = np.log([fit.figures[name] for name in model.names]) - model.at
+    units = np.array([fit.effects[name] for name in model.effects]) / model.spreads
+    expected = model.error + model.slope @ moved + model.weights @ units
+    prices = Prices(fit.figures)
+    found = [np.log(predict(row, fit, prices).value / (row.value or 1)) for row in model.rows]
+    assert np.abs(units).max() > 0.2
+    assert found == pytest.approx(expected, abs=0.005)
+
+
+def test_what_a_source_shares_is_found_on_masks_that_it_left_out(tmp_path):
+    rows = shared_rows(tmp_path)
+    parts = ["out" if r.source == "other" and r.mask == "causal" else "in" for r in rows]
+    seen = validate_simulator.held_out(rows, parts)
+    unseen = validate_simulator.held_out(rows, [row.source for row in rows])
+    for one, blind, part in zip(seen, unseen, parts, strict=True):
+        if part == "out":
+            assert abs(one.error or 1) < 0.06
+            assert (blind.error or 1) < -0.1
+
+
+def test_predictions_of_held_out_rows_do_not_know_their_values(tmp_path):
+    rows = shared_rows(tmp_path)
+    parts = ["out" if row.mask == "causal" else "in" for row in rows]
+    spoiled = [
+        replace(row, value=3 * (row.value or 1)) if part == "out" else row
+        for row, part in zip(rows, parts, strict=True)
+    ]
+    first, second = (validate_simulator.held_out(table, parts) for table in (rows, spoiled))
+    for one, other, part in zip(first, second, parts, strict=True):
+        if part == "out":
+            assert one.value == other.value
+    assert any(a.value != b.value for a, b in zip(first, second, strict=True))
+
+
+def test_few_repetitions_count_less(tmp_path):
+    many, few = read(
+        write(
+            tmp_path / "t.csv",
+            ATTENTION | {"note": "median of 16 runs"},
+            ATTENTION | {"note": "median of 1 runs"},
+        )
+    )
+    assert noise_of(few) == pytest.approx(4 * noise_of(many))

@@ -199,3 +199,27 @@ def test_a_table_of_another_program_is_read(tmp_path):
     path.write_text("\ufeff" + head + row, encoding="utf-8")
     (found,) = read(path)
     assert (found.value, found.gpus, found.cp, found.note) == (1900.0, 8, 8, "cp=8; a;b")
+
+
+def test_names_and_cells_that_nobody_knows_are_predicted(tmp_path, capsys, seed):
+    rng = np.random.default_rng(seed)
+    cells = {
+        "hardware": ["H200-141GB", "H800", "RTX 4090", "A100-40GB PCIe", "MI300X", "GB200", "?"],
+        "gpus": ["1", "2", "6", "16", "24", "", "many"],
+        "gpus_per_node": ["8", "4", "", "0"],
+        "heads_q": ["64", "12", ""],
+        "heads_kv": ["8", "4", "1", ""],
+        "head_dim": ["64", "128", "192", ""],
+        "dtype": ["bf16", "fp16", "fp8", ""],
+        "seq_len": ["4096", "16384", "12345", "32K"],
+        "mask": ["full", "Varlen-Causal", "SWA 512", "prefix-lm", "block sparse 10%", "???", ""],
+        "method": ["Ring P2P", "tile 4x2", "usp", "megatron cp", "kernel-fa4", "hybrid", "!", ""],
+        "metric": ["fwd_tflops_per_gpu", "fwd+bwd time", "tflops", "bwd_rate"],
+        "unit": ["TFLOP/s/GPU", "ms", "", "it/s"],
+        "value": ["100", "1e2", "5"],
+        "note": ["", "median of 0 runs", "kernel=unknown"],
+    }  # fmt: skip
+    rows = [{name: str(rng.choice(some)) for name, some in cells.items()} for _ in range(60)]
+    found = run(capsys, str(write(tmp_path / "t.csv", *[ATTENTION | row for row in rows])))
+    assert not found["misses"]
+    assert all(0 < row["predicted"] < float("inf") for row in found["rows"])
