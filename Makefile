@@ -47,9 +47,8 @@ format: setup  ## format, and fix what can be fixed without a person
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: setup  ## run the benchmarks
-	$(PY) -m ringattn.benchmarks.planning
-	$(PY) -m ringattn.benchmarks.cpu_cost
+bench: setup  ## every benchmark once, small: each case a figure, a refusal or an error
+	$(VENV)/bin/ringattn bench all --smoke $(ARGS)
 
 clean:  ## remove caches and builds (keeps the environment and the runs)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,13 +22,13 @@ def blocked_reference(inputs: Tensors, mask: ra.Mask, rows: int = ROWS) -> Tenso
     for start in range(0, mask.seq_len, rows):
         block = range(start, min(start + rows, mask.seq_len))
         keys = _keys(mask, block)
-        forbidden = torch.from_numpy(~allowed_block(mask, block, keys))
+        forbidden = torch.from_numpy(~allowed_block(mask, block, keys, q.shape[0]))
         at, to = slice(block.start, block.stop), slice(keys.start, keys.stop)
         for head in range(q.shape[0]):
-            shared = head // group
+            shared, hidden = head // group, forbidden if forbidden.ndim == 2 else forbidden[head]
             query, key, value = q[head, at], k[shared, to], v[shared, to]
-            score = (query @ key.T).mul_(scale).masked_fill_(forbidden, -torch.inf)
-            prob = torch.softmax(score, 1).masked_fill_(forbidden, 0.0)
+            score = (query @ key.T).mul_(scale).masked_fill_(hidden, -torch.inf)
+            prob = torch.softmax(score, 1).masked_fill_(hidden, 0.0)
             out[head, at] = prob @ value
             gradient = dout[head, at]
             dv[shared, to] += prob.T @ gradient
@@ -44,6 +44,8 @@ def blocked_reference(inputs: Tensors, mask: ra.Mask, rows: int = ROWS) -> Tenso
 def _keys(mask: ra.Mask, block: range) -> range:
     """The run of keys that holds all that the query rows of a block may see."""
     bands = mask.bands[(mask.bands["q0"] < block.stop) & (mask.bands["q1"] > block.start)]
+    if not len(bands):
+        return range(0)
     low = np.maximum(bands["k0"], np.maximum(bands["q0"], block.start) + bands["lo"])
     high = np.minimum(bands["k1"], np.minimum(bands["q1"], block.stop) + bands["hi"])
     return range(max(0, int(low.min())), min(mask.seq_len, int(high.max())))

@@ -3,7 +3,7 @@
 Masks and samplings after LongCA-bench (arXiv 2510.17896). Lengths of `documents` and other masks
 made of them are drawn from MagiAttention's histogram of a training corpus: most are below 1K
 tokens. Masks named `_4k` have documents of 4K tokens in the mean. Everything is seeded by mask and
-length.
+length. `suites.mask_cases` has the same masks with more draws; what is common lies there.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,12 @@ import numpy as np
 
 import ringattn as ra
 from ringattn.benchmarks.calibration_rows import typical_packs
+from ringattn.benchmarks.suites.mask_cases import (
+    filled,
+    kept_blocks,
+    prompt_tree,
+    variable_blocks,
+)
 from ringattn.masks import Mask
 
 WINDOW, SINKS, BLOCK, KEPT = 1024, 64, 128, 0.1
@@ -21,21 +27,14 @@ LEAST = 256  # shortest sequence that all masks exist for
 
 def _documents(seq_len: int) -> list[int]:
     """A pack of typical mask area from the histogram."""
-    return _filled(typical_packs(seq_len)[1], seq_len)
+    return filled(typical_packs(seq_len)[1], seq_len)
 
 
 def _long(seq_len: int, name: str) -> list[int]:
     """Documents of 4K tokens in the mean, uniform from 1K to 7K; scaled to short sequences."""
     mean = min(4096, seq_len // 4)
     draws = _rng(name, seq_len).uniform(mean / 4, 7 * mean / 4, 2 * seq_len // mean)
-    return _filled(draws.astype(np.int64), seq_len)
-
-
-def _filled(lengths: np.ndarray, seq_len: int) -> list[int]:
-    """The lengths in order, cut and topped up to the sequence."""
-    ends = np.minimum(np.cumsum(lengths), seq_len)
-    sizes = np.diff(np.concatenate([[0], ends, [seq_len]]))
-    return [int(n) for n in sizes if n > 0]
+    return filled(draws.astype(np.int64), seq_len)
 
 
 def _rng(name: str, seq_len: int) -> np.random.Generator:
@@ -62,45 +61,20 @@ def _block_causal(seq_len: int) -> Mask:
     """1 to 8 blocks of 1,024 tokens per document; shorter blocks below 8K."""
     block = min(1024, seq_len // 8)
     counts = _rng("block_causal_documents", seq_len).integers(1, 9, seq_len // block)
-    return ra.masks.block_causal_documents(_filled(counts * block, seq_len), block)
-
-
-def _kept(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """`KEPT` of all blocks, at least one per row: each row keeps as many, at random places."""
-    scores = rng.random((rows, columns))
-    kept = max(1, round(KEPT * columns))
-    return scores <= np.partition(scores, kept - 1, axis=1)[:, kept - 1 : kept]
+    return ra.masks.block_causal_documents(filled(counts * block, seq_len), block)
 
 
 def _blocks_uniform(seq_len: int) -> Mask:
     count = seq_len // BLOCK
-    return ra.masks.blocks(_kept(_rng("blocks_uniform", seq_len), count, count), BLOCK, BLOCK)
+    matrix = kept_blocks(_rng("blocks_uniform", seq_len), count, count, KEPT)
+    return ra.masks.blocks(matrix, BLOCK, BLOCK)
 
 
 def _blocks_variable(seq_len: int) -> Mask:
     """Blocks of 128 tokens at least and 256 in the mean, of queries and of keys."""
     rng = _rng("blocks_variable", seq_len)
-    q, k = _sizes(rng, seq_len), _sizes(rng, seq_len)
-    return ra.masks.blocks(_kept(rng, len(q), len(k)), q, k)
-
-
-def _sizes(rng: np.random.Generator, seq_len: int) -> list[int]:
-    draws = BLOCK + rng.exponential(BLOCK, seq_len // BLOCK).astype(np.int64)
-    sizes = _filled(draws, seq_len)
-    if len(sizes) > 1 and sizes[-1] < BLOCK:
-        sizes[-2:] = [sizes[-2] + sizes[-1]]
-    return sizes
-
-
-def _prefix_tree(seq_len: int) -> Mask:
-    """A prompt of a quarter, four branches of a sixteenth, two rollouts of a sixteenth on each."""
-    part = seq_len // 16
-    lengths, parents = [seq_len - 12 * part], [-1]
-    for _ in range(4):
-        branch = len(lengths)
-        lengths += [part] * 3
-        parents += [0, branch, branch]
-    return ra.masks.prefix_tree(lengths, parents)
+    q, k = (variable_blocks(rng, seq_len, BLOCK, 2 * BLOCK) for _ in range(2))
+    return ra.masks.blocks(kept_blocks(rng, len(q), len(k), KEPT), q, k)
 
 
 def _neighborhood(seq_len: int) -> Mask:
@@ -132,7 +106,7 @@ _BUILDERS: dict[str, Callable[[int], Mask]] = {
     "block_causal_documents": _block_causal,
     "blocks_uniform": _blocks_uniform,
     "blocks_variable": _blocks_variable,
-    "prefix_tree": _prefix_tree,
+    "prefix_tree": prompt_tree,
     "neighborhood": _neighborhood,
     "neighborhood_tiled": _neighborhood_tiled,
     "streaming": lambda n: ra.masks.streaming(n, SINKS, min(WINDOW, n // 4)),

@@ -19,13 +19,16 @@ import torch
 import ringattn as ra
 from ringattn.benchmarks.kernel_cases import Case
 from ringattn.benchmarks.kernel_reference import Reference, Sample, reference
+from ringattn.benchmarks.memory_trace import MemoryTrace
 from ringattn.benchmarks.peers.base import Tensors
 from ringattn.cost.kernel_time import pair_flops
 from ringattn.errors import UserError
 from ringattn.executor import backward_home, forward_home
 from ringattn.kernels.base import Kernel
+from ringattn.kernels.block_matrix import Selection
 from ringattn.plan import Plan
 from ringattn.program import Launch
+from ringattn.routing import select_whole
 from ringattn.schedule import Channel, Direction
 from ringattn.workload import work_of
 
@@ -106,6 +109,14 @@ class Bench:
         )  # fmt: skip
         return q, k, v, dout
 
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The blocks that a routed mask's queries select; None for other masks."""
+        mask = self.case.build()
+        if mask.routing is None:
+            return None
+        return Selection(select_whole(*self.inputs[:2], mask), self.case.heads[0])
+
     @property
     def scale(self) -> float:
         """1 / sqrt(D of queries and keys)."""
@@ -119,7 +130,8 @@ class Bench:
 
     def flops(self, direction: Direction) -> float:
         """FLOPs by exact area."""
-        pairs = self.case.build().area * self.case.heads[0]
+        mask = self.case.build()
+        pairs = mask.area * self.case.heads[0] / mask.layers
         return pairs * pair_flops(self.plan.forward.shapes, direction)
 
     def config(self, direction: Direction) -> dict[str, Any]:
@@ -179,7 +191,10 @@ class Bench:
 
         def run() -> None:
             for launch in launches:
-                kernel.forward(q, k, v, launch.prepared, out, lse, scale=self.scale, softcap=None)
+                kernel.forward(
+                    q, k, v, launch.prepared, out, lse,
+                    scale=self.scale, softcap=None, selection=self.selection,
+                )  # fmt: skip
 
         timing = timed_passes(run, reset, self.device, self.seconds) if timed else None
         if not timed:
@@ -204,15 +219,21 @@ class Bench:
             for launch in launches:
                 kernel.backward(
                     dout, q, k, v, lse, delta, launch.prepared, dq, dk, dv,
-                    scale=self.scale, softcap=None,
+                    scale=self.scale, softcap=None, selection=self.selection,
                 )  # fmt: skip
 
         timing = timed_passes(run, reset, self.device, self.seconds)
         return {"dq": dq.to(q.dtype), "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}, timing, prepare
 
     def _outcome(
-        self, direction: Direction, got: dict, timing: Timing | None, prepare: float, _: Any = None
+        self,
+        direction: Direction,
+        got: dict,
+        timing: Timing | None,
+        prepare: float,
+        lse: torch.Tensor | None = None,
     ) -> Outcome:
+        del lse
         assert timing is not None
         errors = {}
         if self.check:
@@ -254,20 +275,29 @@ def timed_passes(
         clock = partial(_cuda_seconds, torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device))
     reset()
     run()  # may compile, and take memory for it
-    before = 0
+    before, peak, workspace = 0, None, None
     if cuda:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     (first,) = clock(run, reset, 1)
-    peak = torch.cuda.max_memory_allocated(device) if cuda else None
-    workspace = peak - before if peak is not None else None
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+        workspace = peak - before
+    else:
+        reset()
+        workspace = MemoryTrace(device).run(partial(_traced, run)).peaks.get("run", 0)
     if first > seconds:
         found = [first, *(clock(run, reset, 2) if first <= LONG else ())]
     else:
         (*_, warm) = clock(run, reset, WARM_UPS)
         found = clock(run, reset, int(np.clip(seconds / max(warm, 1e-6), LEAST, MOST)))
     return Timing(seconds=tuple(found), workspace_bytes=workspace, peak_bytes=peak)
+
+
+def _traced(run: Callable[[], None], part: Callable[[str], Any]) -> None:
+    with part("run"):
+        run()
 
 
 def _cpu_seconds(run: Callable[[], None], reset: Callable[[], None], count: int) -> list[float]:

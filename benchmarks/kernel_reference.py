@@ -39,7 +39,8 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """float64 results of a sample: out, dq (rows, group, D) and dk, dv (keys, D)."""
+    """float64 results of a sample: out, dq (rows, group, D), lse (rows, group; -inf for a row
+    without keys) and dk, dv (keys, D)."""
 
     sample: Sample
     results: Mapping[str, torch.Tensor]
@@ -47,7 +48,7 @@ class Reference:
     def error(self, name: str, got: torch.Tensor) -> float:
         """Relative error (Frobenius norm) of a whole (1, S, heads, D) result on the sample."""
         s = self.sample
-        if name in ("out", "dq"):
+        if name in ("out", "lse", "dq"):
             part = got[0, torch.from_numpy(s.rows).to(got.device), s.heads]
         else:
             part = got[0, torch.from_numpy(s.keys).to(got.device), s.key_head]
@@ -69,6 +70,8 @@ def reference(
     k, v = (x[0, :, sample.key_head] for x in (k, v))
     lse, delta = _statistics(mask, q, k, v, dout, scale)
     results = _of_rows(mask, q, k, v, dout, scale, sample.rows)
+    at = lse[:, torch.from_numpy(sample.rows).to(lse.device)].T
+    results["lse"] = at.masked_fill(at == torch.inf, -torch.inf)
     results |= _of_keys(mask, q, k, v, dout, scale, sample.keys, lse, delta)
     return Reference(sample, results)
 

@@ -25,6 +25,7 @@ from ringattn.benchmarks.peer_measure import Outcome, Pools, measure, show
 from ringattn.benchmarks.peers import OURS, YARDSTICK, contenders, variants
 from ringattn.benchmarks.peers.base import Contender, Shape
 from ringattn.benchmarks.peers.cases import NAMES, MaskCase, mask_case
+from ringattn.benchmarks.peers.patterns import WINDOW
 from ringattn.benchmarks.record import Recorder
 
 NAME = "measured_methods"
@@ -47,11 +48,12 @@ def record(
             "mask": case.name,
             "seq_len": case.seq_len,
             "documents": len(case.lengths),
-            "window": case.window if case.name == "window" else None,
+            "window": case.window if case.pattern == WINDOW else None,
             "heads": [shape.q_heads, shape.kv_heads],
             "head_dim": shape.head_dim,
             "ranks": world,
             "contender": outcome.contender.name,
+            "version": outcome.contender.installed(),
             "how": outcome.note,
             "errors": outcome.errors,
         }

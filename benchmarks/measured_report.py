@@ -56,12 +56,13 @@ def _line(row: Record, ours: Record | None) -> str:
     if row.status != "ok" or row.value is None:
         return f"| {c['mask']} | {c['contender']} | {row.status} | | | | | | {row.reason} |"
     sent = np.array(c["sent_bytes"]) / 1e6
+    wire = f"{sent.mean():.2f} ({sent.max():.2f})" if sent.size else "not counted"
     ratio = f"{c['cpu_ratio']:.2f} ± {c['cpu_ratio_spread']:.2f}" if "cpu_ratio" in c else ""
     is_peer = c["contender"] != YARDSTICK.name and not c["contender"].startswith(OURS.name)
     return (
         f"| {c['mask']} | {c['contender']} | {row.value:.3f} ± {row.spread:.3f} "
         f"| {'' if row is ours else ratio} | {c['wall_s']:.3f} "
-        f"| {sent.mean():.2f} ({sent.max():.2f}) | {max(c['errors'].values()):.0e} "
+        f"| {wire} | {max(c['errors'].values()):.0e} "
         f"| {_bar(row, ours) if is_peer and ours else ''} | {c['how']} |"
     )
 
@@ -76,7 +77,8 @@ def _bar(peer: Record, ours: Record) -> str:
         return ours.status
     most = MOST if peer.config["mask"] in DENSE else 1.0
     missed = []
-    if sum(ours.config["sent_bytes"]) > most * sum(peer.config["sent_bytes"]):
+    sent = peer.config["sent_bytes"]
+    if sent and sum(ours.config["sent_bytes"]) > most * sum(sent):
         missed.append("bytes")
     if peer.config["cpu_ratio"] > most:
         missed.append("CPU")
@@ -123,7 +125,8 @@ def _over_yardstick(row: Record | None, rows: dict[tuple[str, str], Record]) -> 
 
 
 def _megabytes(row: Record | None) -> float:
-    return float("nan") if row is None else float(np.mean(row.config["sent_bytes"])) / 1e6
+    sent = row.config["sent_bytes"] if row else []
+    return float(np.mean(sent)) / 1e6 if sent else float("nan")
 
 
 def _by(records: Iterable[Record], key: str) -> list[tuple[Any, list[Record]]]:

@@ -5,7 +5,10 @@ and of autograd's threads included; on CUDA the allocator itself counts. Python 
 communication libraries and the device's context are not tensors and are not seen.
 """
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +47,14 @@ class MemoryTrace:
         if self.device.type == "cuda":
             body(self._cuda_part)
             return self
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with _quiet():
+            profiler.__enter__()
+        try:
             body(lambda name: record_function(_MARK + name))
+        finally:
+            with _quiet():
+                profiler.__exit__(None, None, None)
         self._read(profiler)
         return self
 
@@ -66,6 +75,20 @@ class MemoryTrace:
                 if start <= at <= stop and total > self.peaks.get(name, 0):
                     self.peaks[name] = total
                     self.largest[name] = tuple(live.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without stderr, where PyTorch's profiler writes a line whenever it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _CudaPart:

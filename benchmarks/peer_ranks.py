@@ -1,4 +1,4 @@
-"""Gloo ranks that prepare, check and time contenders on request.
+"""Ranks that prepare, check and time contenders on request.
 
 `RankPool` starts the processes and asks them; a rank that raises, dies or is silent ends the
 request with one `PoolError`, after which the pool is gone.
@@ -9,7 +9,7 @@ import multiprocessing as mp
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -47,11 +47,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Timed:
-    """A rank's timed run: CPU seconds of all its threads, wall seconds, bytes sent to others."""
+    """A rank's timed run: CPU seconds of all its threads, wall seconds, bytes sent to others.
+
+    Bytes are None where the contender's calls are not counted.
+    """
 
     cpu_s: float
     wall_s: float
-    sent_bytes: int
+    sent_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,32 @@ class Forget:
 Request = Prepare | Time | Forget
 
 
-class RankPool:
-    """`world` gloo processes that serve requests, with `threads` each. Use as a context manager."""
+Answer = Callable[[Any, int, int, dict[str, Any]], Any]
+"""Answers a request on a rank: request, rank, world, and what is kept between requests."""
 
-    def __init__(self, world: int, threads: int = 1) -> None:
+
+class RankPool:
+    """`world` processes that serve requests, with `threads` each. Use as a context manager.
+
+    Args:
+        device: they talk over gloo, or over NCCL with one GPU each where it is "cuda".
+        answer: a function at module level, called on every rank for each request; by default that
+            of `Prepare`, `Time` and `Forget`.
+        timeout: of the default group.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        threads: int = 1,
+        device: str = "cpu",
+        answer: Answer | None = None,
+        timeout: timedelta = GROUP_TIMEOUT,
+    ) -> None:
         # Idle OpenMP threads must sleep, or waiting would count as CPU time. DeepSpeed would look
         # for an accelerator otherwise.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = device
         self.world = world
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = mp.get_context("spawn")
@@ -94,7 +115,9 @@ class RankPool:
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, threads, self._store.port, there), daemon=True
+                target=_serve,
+                args=(rank, world, threads, device, self._store.port, there, answer, timeout),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -107,7 +130,7 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def ask(self, request: Request, timeout: float) -> list[Any]:
+    def ask(self, request: Any, timeout: float) -> list[Any]:
         """Every rank's answer, in rank order. Raises PoolError, after which the pool is dead."""
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
@@ -149,19 +172,31 @@ def _unpack(rank: int, answer: tuple[bool, Any]) -> Any:
     return payload
 
 
-def _serve(rank: int, world: int, threads: int, port: int, pipe: Connection) -> None:
+def _serve(
+    rank: int,
+    world: int,
+    threads: int,
+    device: str,
+    port: int,
+    pipe: Connection,
+    answer: Answer | None,
+    timeout: timedelta,
+) -> None:
     torch.set_num_threads(threads)
     exit_with_parent()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
-    prepared: dict[str, Prepared] = {}
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    kept: dict[str, Any] = {}
     while True:
         try:
             request = pipe.recv()
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, _answer(request, rank, world, prepared)))
+            pipe.send((True, (answer or _answer)(request, rank, world, kept)))
         except Exception:  # the parent reports it and ends the pool
             pipe.send((False, traceback.format_exc()))
 
@@ -176,7 +211,10 @@ def _answer(request: Request, rank: int, world: int, prepared: dict[str, Prepare
     made = request.contender.prepare(request.case, request.shape, rank, world)
     prepared[request.contender.name] = made
     # This run also opens connections, compares plans and fills caches, which no later one does.
-    results = tuple(x.numpy() for x in made.run())
+    # Wider than 16 bits, which NumPy lacks; exact.
+    results = tuple(
+        (x if x.dtype == torch.float64 else x.float()).cpu().numpy() for x in made.run()
+    )
     return Checked(made.positions, results, made.note, made.planned_bytes)
 
 
@@ -184,10 +222,17 @@ def _time(prepared: Prepared, rank: int, world: int) -> Timed:
     gc.collect()
     dist.barrier()
     with counted_wire(rank, world) as wire:
+        _synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         prepared.run()
+        _synchronize()
         seconds = time.process_time() - cpu, time.perf_counter() - wall
-    return Timed(*seconds, wire.sent)
+    return Timed(*seconds, wire.sent if prepared.counted else None)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def assemble(parts: Sequence[Checked], seq_len: int) -> list[torch.Tensor]:

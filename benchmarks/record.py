@@ -194,6 +194,33 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
+@dataclass(frozen=True)
+class Tally:
+    """How many records of a file are figures, refusals and errors."""
+
+    figures: int
+    refusals: int
+    errors: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> "Tally":
+        """Of a file's records."""
+        found = [record.status for record in read_records(path)]
+        return cls(*(found.count(status) for status in STATUSES))
+
+    def __str__(self) -> str:
+        return f"{self.figures} figures, {self.refusals} refusals, {self.errors} errors"
+
+
+def keep_figures(path: str | os.PathLike[str]) -> None:
+    """Takes refusals and errors out of a file, so that they are measured again."""
+    path, kept = Path(path), [r for r in read_records(path) if r.status == "ok"]
+    if path.exists():
+        new = path.with_suffix(".new")
+        new.write_text("".join(record.to_json() + "\n" for record in kept), encoding="utf-8")
+        os.replace(new, path)
+
+
 def refused(error: UserError) -> NoReturn:
     """Ends a command with the error's one line and exit code 2, that of a user's mistake."""
     print(error, file=sys.stderr)

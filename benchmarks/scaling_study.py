@@ -17,8 +17,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ringattn.benchmarks.simulate_step import (
 from ringattn.cost import Cluster, Link
 from ringattn.cost.step_shapes import ModelShape
 from ringattn.errors import UserError
+from ringattn.masks import Mask
 from ringattn.methods import METHODS
 
 MASKS = ("full", "causal", "doc_causal", "shared_question", "sliding_window_causal_4096")
@@ -52,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     try:
-        low, high = args.gpus
-        if low < 1 or high < low:
-            raise UserError(f"--gpus {low} {high}", "must be two counts in order", "e.g. 8 4096")
-        counts = [low << step for step in range((high // low).bit_length())]
+        counts = doubled(*args.gpus)
         cells = list(
             study(
                 args.model,
@@ -77,6 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Load:
+    """What scales: tokens of a GPU (weak); length and number of a step's sequences (strong)."""
+
+    weak: int = TOKENS_PER_GPU
+    seq_len: int = STRONG_LENGTH
+    sequences: int = STRONG_SEQUENCES
+
+
+def doubled(low: int, high: int) -> list[int]:
+    """Counts from `low` to at most `high`, each twice the one before."""
+    if low < 1 or high < low:
+        raise UserError(f"gpus {low} {high}", "must be two counts in order", "e.g. 8 4096")
+    return [low << step for step in range((high // low).bit_length())]
+
+
 def study(
     model: str | ModelShape,
     cluster: str | Cluster,
@@ -85,34 +99,47 @@ def study(
     masks: Sequence[str] = MASKS,
     methods: Sequence[str] = tuple(METHODS),
     group: int = LARGEST_GROUP,
+    load: Load | None = None,
+    make: Callable[[str, int], Mask] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Every cell of the study, as JSON takes it: status, and figures or the reason of a refusal."""
+    """Every cell of the study, as JSON takes it: status, and figures or the reason of a refusal.
+
+    Args:
+        model, cluster: by name or as objects. counts: of GPUs. masks, methods: by name.
+        group: most ranks of a sequence. load: what a step holds.
+        make: a mask from its name and length; else names are those of published tables.
+    """
+    load = load or Load()
     shape, where = shape_named(model), cluster_named(cluster)
     for mask in masks:
         for method in methods:
             known: dict[tuple[int, int], Planned | str] = {}
             for kind in ("weak", "strong"):
                 for gpus in counts:
-                    yield from _cells(kind, gpus, group, mask, method, shape, where, known)
+                    yield from _cells(
+                        kind, gpus, group, (mask, make), method, shape, where, known, load
+                    )
 
 
 def _cells(
     kind: str,
     gpus: int,
     group: int,
-    mask: str,
+    named: tuple[str, Callable[[str, int], Mask] | None],
     method: str,
     shape: ModelShape,
     cluster: Cluster,
     known: dict[tuple[int, int], Planned | str],
+    load: Load,
 ) -> Iterator[dict[str, Any]]:
     """One point, on the cluster and, for the largest weak one, on others of other links."""
-    cp = min(gpus, group)
-    seq_len = TOKENS_PER_GPU * cp if kind == "weak" else STRONG_LENGTH
-    runs = 1 if kind == "weak" else max(1, STRONG_SEQUENCES * cp // gpus)
+    cp, (mask, make) = min(gpus, group), named
+    seq_len = load.weak * cp if kind == "weak" else load.seq_len
+    runs = 1 if kind == "weak" else max(1, load.sequences * cp // gpus)
     if (cp, seq_len) not in known:
         try:
-            known[cp, seq_len] = planned(shape, seq_len, mask, method, cp, cluster)
+            made = make(mask, seq_len) if make else mask
+            known[cp, seq_len] = planned(shape, seq_len, made, method, cp, cluster)
         except UserError as error:
             known[cp, seq_len] = str(error)
     plan = known[cp, seq_len]
@@ -131,7 +158,8 @@ def _cells(
         yield cell | {
             "status": "ok", "links": name, "layout": step.layout, "step_s": step.seconds.total,
             "tokens_per_s_per_gpu": step.tokens_per_s, "tflops_per_gpu": step.tflops,
-            "mfu": step.mfu, "peak_gib": step.memory.peak.nbytes / 2**30, "fits": step.fits,
+            "mfu": step.mfu, "received": step.received,
+            "peak_gib": step.memory.peak.nbytes / 2**30, "fits": step.fits,
         }  # fmt: skip
 
 

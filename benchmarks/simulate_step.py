@@ -210,6 +210,12 @@ def _mask(name: str, seq_len: int, group: int) -> Mask:
     return found[len(found) // 2]
 
 
+@lru_cache(maxsize=256)
+def _memory(shape: ModelShape, how: StepSettings, bytes_: AttentionBytes) -> StepMemory:
+    """The step's memory, which links do not change."""
+    return step_memory(shape, how, bytes_)
+
+
 def priced_step(
     plan: Planned,
     shape: ModelShape,
@@ -236,8 +242,10 @@ def priced_step(
     attention = AttentionSeconds(
         forward=late * both[0].seconds, backward=late * both[1].seconds, again=plan.again
     )
-    memory = step_memory(shape, how, plan.bytes_)
-    kept = memory.host - step_memory(shape, replace(how, offload_kept=False), plan.bytes_).host
+    memory = _memory(shape, how, plan.bytes_)
+    kept = 0.0
+    if how.offload_kept:
+        kept = memory.host - _memory(shape, replace(how, offload_kept=False), plan.bytes_).host
     seconds = step_seconds(shape, how, cluster, attention, kept_bytes=kept)
     groups = gpus // cp
     tokens = groups * micro_batches * seq_len

@@ -14,23 +14,24 @@ from torch.distributed import distributed_c10d
 
 @dataclass
 class Wire:
-    """Bytes that this rank has sent to other ranks."""
+    """Bytes that this rank has sent to other ranks, and received from them."""
 
     sent: int = 0
+    received: int = 0
 
 
 @contextmanager
 def counted_wire(rank: int, world: int) -> Iterator[Wire]:
     """Counts the payload that calls of torch.distributed send to other ranks inside the block.
 
-    Collectives count what the ring algorithm sends: all-gather (P - 1) inputs, reduce-scatter
-    (P - 1) / P of its input, all-reduce both. Broadcast, gather, scatter and reduce are refused
-    with a RuntimeError. Not for groups other than that of all ranks.
+    Collectives count what the ring algorithm sends, and receives: all-gather (P - 1) inputs,
+    reduce-scatter (P - 1) / P of its input, all-reduce both. Broadcast, gather, scatter and reduce
+    are refused with a RuntimeError. Not for groups other than that of all ranks.
     """
     wire = Wire()
     with ExitStack() as stack:
-        for name, size in _COUNTED.items():
-            wrapped = _counting(getattr(distributed_c10d, name), size, wire, rank, world)
+        for name, sizes in _COUNTED.items():
+            wrapped = _counting(getattr(distributed_c10d, name), sizes, wire, rank, world)
             _patch(stack, name, wrapped)
         for name in _REFUSED:
             _patch(stack, name, _refusing(name))
@@ -44,11 +45,14 @@ def _patch(stack: ExitStack, name: str, function: Callable[..., Any]) -> None:
 
 
 def _counting(
-    function: Callable[..., Any], size: Callable[..., int], wire: Wire, rank: int, world: int
+    function: Callable[..., Any], sizes: "_Sizes", wire: Wire, rank: int, world: int
 ) -> Callable[..., Any]:
+    sent, received = sizes
+
     @wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:
-        wire.sent += size(rank, world, *args, **kwargs)
+        wire.sent += sent(rank, world, *args, **kwargs)
+        wire.received += received(rank, world, *args, **kwargs)
         return function(*args, **kwargs)
 
     return counting
@@ -60,6 +64,17 @@ def _refusing(name: str) -> Callable[..., Any]:
         raise RuntimeError(f"torch.distributed.{name} is not counted; add it to the wire count")
 
     return refuse
+
+
+def _nothing(*args: Any, **kwargs: Any) -> int:
+    del args, kwargs
+    return 0
+
+
+def _receive(rank: int, world: int, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    del world
+    source = kwargs.get("group_src", kwargs.get("src", args[0] if args else None))
+    return 0 if source == rank else tensor.nbytes
 
 
 def _send(rank: int, world: int, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> int:
@@ -80,6 +95,27 @@ def _all_to_all_single(
     del output, output_split_sizes, kwargs
     kept = input_split_sizes[rank] if input_split_sizes else input.shape[0] // world
     return input.nbytes // input.shape[0] * (input.shape[0] - kept) if input.numel() else 0
+
+
+def _all_to_all_single_received(
+    rank: int,
+    world: int,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> int:
+    # The same count with the ends swapped.
+    return _all_to_all_single(
+        rank, world, input, output, input_split_sizes, output_split_sizes, **kwargs
+    )
+
+
+def _all_to_all_received(
+    rank: int, world: int, outputs: Sequence[torch.Tensor], inputs: Any, *_: Any, **kwargs: Any
+) -> int:
+    return _all_to_all(rank, world, inputs, outputs, **kwargs)
 
 
 def _all_to_all(rank: int, world: int, outputs: Any, inputs: Sequence[torch.Tensor], *_: Any,
@@ -104,15 +140,18 @@ def _all_reduce(rank: int, world: int, tensor: torch.Tensor, *_: Any, **kwargs: 
     return 2 * (world - 1) * tensor.nbytes // world
 
 
-_COUNTED: dict[str, Callable[..., int]] = {
-    "isend": _send,
-    "send": _send,
-    "all_to_all_single": _all_to_all_single,
-    "all_to_all": _all_to_all,
-    "all_gather": _all_gather,
-    "all_gather_into_tensor": _all_gather,
-    "reduce_scatter": _reduce_scatter,
-    "reduce_scatter_tensor": _reduce_scatter,
-    "all_reduce": _all_reduce,
+_Sizes = tuple[Callable[..., int], Callable[..., int]]
+_COUNTED: dict[str, _Sizes] = {
+    "isend": (_send, _nothing),
+    "send": (_send, _nothing),
+    "irecv": (_nothing, _receive),
+    "recv": (_nothing, _receive),
+    "all_to_all_single": (_all_to_all_single, _all_to_all_single_received),
+    "all_to_all": (_all_to_all, _all_to_all_received),
+    "all_gather": (_all_gather, _all_gather),
+    "all_gather_into_tensor": (_all_gather, _all_gather),
+    "reduce_scatter": (_reduce_scatter, _reduce_scatter),
+    "reduce_scatter_tensor": (_reduce_scatter, _reduce_scatter),
+    "all_reduce": (_all_reduce, _all_reduce),
 }
 _REFUSED = ("broadcast", "gather", "scatter", "reduce")

@@ -72,6 +72,11 @@ def find_checkpoints(run_dir: str | Path) -> list[Path]:
     return [path for path in list_checkpoints(run_dir) if (path / STATE_FILE).is_file()]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path names one checkpoint, sound or not, rather than a run."""
+    return (path / STATE_FILE).is_file() or _NAME.fullmatch(path.name) is not None
+
+
 def choose_checkpoints(resume: str, run_dir: str | Path, identity: dict[str, Any]) -> Choice:
     """The checkpoints that ``checkpoint.resume`` means, and why others are passed over.
 
@@ -89,8 +94,8 @@ def choose_checkpoints(resume: str, run_dir: str | Path, identity: dict[str, Any
     if resume == "auto":
         return _choose(Path(run_dir), identity)
     named = Path(resume)
-    if (named / STATE_FILE).is_file() or _NAME.fullmatch(named.name):
-        state = _read(named, None)
+    if is_checkpoint(named):
+        state = read_named_state(named, None)
         check_identity(named, state, identity)
         return Choice(((named, state),))
     if not list_checkpoints(named):
@@ -123,7 +128,7 @@ def _choose(run_dir: Path, identity: dict[str, Any]) -> Choice:
     others: list[UserError] = []
     for path in reversed(list_checkpoints(run_dir)):
         try:
-            state = _read(path, run_id)
+            state = read_named_state(path, run_id)
         except UserError as error:
             problems.append(f"{error.what}: {error.rule}")
             continue
@@ -139,8 +144,16 @@ def _choose(run_dir: Path, identity: dict[str, Any]) -> Choice:
     return Choice(tuple(candidates), tuple(problems))
 
 
-def _read(path: Path, run_id: str | None) -> CheckpointState:
-    """A checkpoint's description, where it is what its name and place say."""
+def read_named_state(path: Path, run_id: str | None) -> CheckpointState:
+    """A checkpoint's description, where it is what its name and place say.
+
+    Args:
+        path: the checkpoint.
+        run_id: of the run that it lies in; None where nothing says so.
+
+    Raises:
+        UserError: it is missing, damaged, of another step or of another run.
+    """
     state, file = read_state(path), path / STATE_FILE
     named = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     if named and int(named[1]) != state.step:

@@ -62,6 +62,8 @@ def read_state(path: Path) -> CheckpointState:
     """
     file = path / STATE_FILE
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")  # reading a pipe would wait for ever
         text = file.read_bytes().decode()
         raw = json.loads(text)
         version = raw["format_version"]

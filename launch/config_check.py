@@ -73,6 +73,7 @@ def check_config(config: Config) -> None:
                 "must be positive and finite",
                 "set it above 0",
             )
+    _check_nodes(config)
     _check_schedule(config)
     _check_profile(config)
     check_engine(config, shared_gpu=config.run.device == "cuda_shared")
@@ -180,6 +181,17 @@ def check_engine(config: Config, *, shared_gpu: bool) -> None:
         )
     if engine == "deepspeed":
         require_deepspeed()
+
+
+def _check_nodes(config: Config) -> None:
+    """A node of more ranks than there are is a mistake; an elastic job may have grown smaller."""
+    per_node, parallel = config.parallel.ranks_per_node, config.parallel
+    if per_node is not None and per_node > config.world and not parallel.elastic:
+        raise UserError(
+            f"parallel.ranks_per_node={per_node}",
+            f"must be at most the dp × cp = {parallel.dp} × {parallel.cp} ranks of the run",
+            "leave it null, which asks the launcher, or raise parallel.dp or parallel.cp",
+        )
 
 
 def _check_faults(config: Config) -> None:

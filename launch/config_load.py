@@ -64,7 +64,7 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         if key not in fields:
             raise _unknown_key(key)
-        converted = _convert(key, value, fields[key])
+        converted = convert(key, value, fields[key])
         section, _, name = key.rpartition(".")
         (typed.setdefault(section, {}) if section else top)[name] = converted
     hints = typing.get_type_hints(Config)
@@ -110,7 +110,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"config {path}", f"cannot be read ({error.strerror})", "give a readable YAML file"
         ) from None
-    loaded = _parse_yaml(text, f"config {path}")
+    loaded = parse_yaml(text, f"config {path}")
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -120,7 +120,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """Parses one YAML document without running anything; raises UserError with the line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -176,7 +176,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise _unknown_key(key)
     if str in _choices(fields[key]) and raw.strip() != "null":
         return key, raw
-    return key, _parse_yaml(raw, f"argument {key}")
+    return key, parse_yaml(raw, f"argument {key}")
 
 
 def _unknown_key(key: str) -> UserError:
@@ -202,7 +202,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
+def convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as `hint`, or UserError. Integers pass as floats; YAML 1.1 reads 1e-3 as text."""
     for choice in _choices(hint):
         if choice is type(None) and value is None:
@@ -223,7 +223,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
                 if entry is None:
                     rule = f"{name!r} has no value after it: YAML wants a space after the colon"
                     raise UserError(f"{key}={_show(value)}", rule, f"write {key}={{NAME: 0.5}}")
-            return {str(name): _convert(key, entry, inner) for name, entry in value.items()}
+            return {str(name): convert(key, entry, inner) for name, entry in value.items()}
         if typing.get_origin(choice) is tuple:
             parts = typing.get_args(choice)
             if parts[-1] is Ellipsis:
@@ -231,7 +231,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
                 if not parts:
                     continue
             if isinstance(value, (list, tuple)) and len(value) == len(parts):
-                return tuple(_convert(key, v, part) for v, part in zip(value, parts, strict=True))
+                return tuple(convert(key, v, part) for v, part in zip(value, parts, strict=True))
     raise UserError(f"{key}={_show(value)}", f"must be {_describe(hint)}", f"set {key} to that")
 
 

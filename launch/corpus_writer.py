@@ -97,3 +97,12 @@ def length_histogram(lengths: dict[str, Counter[int]]) -> tuple[list[int], dict[
     bins = 1 + max(power for counts in lengths.values() for power in counts)
     counts = {split: [found[power] for power in range(bins)] for split, found in lengths.items()}
     return [1 << power for power in range(bins + 1)], counts
+
+
+def lengths_text(edges: list[int], counts: list[int]) -> str:
+    """A histogram of document lengths as ``ringattn bench`` reads it (YAML): bins of
+    [shortest, longest, documents], from bin edges in tokens and counts."""
+    bins = zip(edges[:-1], edges[1:], counts, strict=True)
+    rows = [f"  - [{low}, {high - 1}, {count}]" for low, high, count in bins if count]
+    head = ["# Documents of the training split by tokens: [shortest, longest, documents].", "bins:"]
+    return "\n".join([*head, *rows]) + "\n"

@@ -16,8 +16,8 @@ from ringattn.launch.config_load import config_from_values
 from ringattn.launch.doctor_board import GRACE_S, Board
 from ringattn.launch.doctor_report import findings, table
 from ringattn.launch.doctor_steps import Examination, Request
-from ringattn.launch.failure import AlreadyToldError
-from ringattn.launch.launchers import discover_ranks
+from ringattn.launch.failure import AlreadyToldError, ToldElsewhereError
+from ringattn.launch.launchers import discover_ranks_once
 from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import on_ranks, run_rank
@@ -32,8 +32,13 @@ def doctor(request: Request) -> int:
     Raises:
         UserError: a request that cannot be met.
     """
-    found = discover_ranks(os.environ, request.launcher)
-    config, body = _config(request, found), partial(examine, request)
+    found = discover_ranks_once(os.environ, request.launcher)
+    try:
+        config, body = _config(request, found), partial(examine, request)
+    except UserError:
+        if found is not None and found.rank:
+            raise ToldElsewhereError from None
+        raise
     if found is not None:
         return run_rank(config, found, body)
     return on_ranks(config, body, partial(_check, request), "none")

@@ -4,10 +4,14 @@ import datetime
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ringattn.cost import Cluster, Curve, Kernel, Link, dump_cluster, load_cluster, price
+from ringattn.launch.doctor_curve import CUT
+from ringattn.launch.doctor_fit import fit_curve, fit_on_cores
 from ringattn.launch.doctor_rates import Work, attention_plan
 from ringattn.schedule import Direction
 
@@ -26,6 +30,8 @@ class Measured:
             lanes that were not measured are missing.
         rates: of each rank, `ringattn.launch.doctor_rates.measure_rates`.
         work: what the rates were measured on.
+        timed: of each rank, by "kernel curve" and "executor", what `doctor_curve` and
+            `doctor_executor` timed; empty where they did not.
     """
 
     facts: Sequence[Mapping[str, Any]]
@@ -33,11 +39,16 @@ class Measured:
     links: Mapping[str, Mapping[str, float]]
     rates: Sequence[Mapping[str, Any]]
     work: Work
+    timed: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         """A rate of the median rank; NaN where it was not measured."""
         values = [mine[name] for mine in self.rates if name in mine]
         return statistics.median(values) if values else math.nan
+
+    def rows(self, step: str, part: str) -> list[list[float]]:
+        """Rows of a timed step, medians of the ranks number by number."""
+        return np.median([mine[part] for mine in self.timed[step]], axis=0).tolist()
 
 
 def base_cluster(device: Mapping[str, Any]) -> str:
@@ -85,6 +96,8 @@ def _measured_cluster(
     names = [*fields, "kernels"]
     about = f"{len(measured.facts)} x {device['name']}, ringattn doctor, {today.isoformat()}"
     cluster = replace(base, name="measured", source=f"{about}; rest: {base.name}.", **fields)
+    if measured.timed:
+        return _with_costs(measured, cluster), [*names, "on_cores"]
     return _with_kernel(measured, cluster), names
 
 
@@ -103,6 +116,25 @@ def _peak(measured: Measured, base: Cluster) -> dict[str, float]:
     if half and any(key in device["name"] for key in _KNOWN):
         return {"gemm_share": _round(min(1.0, gemm / base.peak_tflops))}
     return {"peak_tflops": _round(gemm / base.gemm_share)}
+
+
+def _with_costs(measured: Measured, cluster: Cluster) -> Cluster:
+    """The cluster with the costs that were fitted to timed launches and plans."""
+    base = cluster.kernels[CUT]
+    kernel = Kernel(
+        forward=fit_curve(measured.rows("kernel curve", "forward"), CUT, base.forward),
+        backward=fit_curve(measured.rows("kernel curve", "backward"), CUT, base.backward),
+    )
+    rows = [row for mine in measured.timed["executor"] for row in mine["rows"]]
+    costs = fit_on_cores(rows, int(measured.facts[0]["host"]["cores"]))
+    # A round of two messages was timed as latency, of which their CPU time is no part.
+    busy = 2 * (costs.message_us + costs.carry_us)
+    intra = replace(cluster.intra, latency_us=_round(max(0.0, cluster.intra.latency_us - busy)))
+    peak = max(cluster.peak_tflops, kernel.forward.tflops, kernel.backward.tflops)
+    return replace(
+        cluster, kernel=CUT, kernels={CUT: kernel}, on_cores=costs, intra=intra,
+        peak_tflops=peak, jitter=0.0,
+    )  # fmt: skip
 
 
 def _with_kernel(measured: Measured, cluster: Cluster) -> Cluster:

@@ -20,6 +20,8 @@ class Report:
     Attributes:
         facts: of each rank. node: ranks per node.
         pairs: that met. reduce: all ranks' all-reduce. rates: of each rank.
+        timed: launches and busy plans on a CPU, by step and rank (`doctor_curve`,
+            `doctor_executor`); not in the JSON.
         cells: by name. seconds: of each part.
         wrong: one line for each thing that is wrong. notes: what is worth knowing and not wrong.
         broken: whether steps were left out because ranks can no longer work together.
@@ -30,6 +32,7 @@ class Report:
     pairs: list[PairResult] = field(default_factory=list)
     reduce: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
+    timed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     cells: dict[str, CellResult] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -59,6 +62,7 @@ class Report:
 def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON holds it; figures that are missing are null."""
     values = asdict(report) | {"links": report.medians(), "ok": not report.wrong}
+    del values["timed"]
     return _plain(values)
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from ringattn.launch import doctor_host, doctor_methods
 from ringattn.launch.doctor_board import Board, SilentRanksError
 from ringattn.launch.doctor_cluster import Measured, cluster_text
+from ringattn.launch.doctor_curve import CurveWork, measure_curve
+from ringattn.launch.doctor_executor import ExecutorWork, measure_executor
 from ringattn.launch.doctor_links import (
     Round,
     link_rounds,
@@ -112,6 +114,7 @@ class Examination:
             ("ranks", self._ranks),
             ("links", self._links),
             ("rates", self._rates),
+            ("executor", self._executor),
             ("methods", self._methods),
         ]
 
@@ -227,6 +230,25 @@ class Examination:
         self._slow(name_slow(answers, [mine["host"]["name"] for mine in self.report.facts]))
         return True
 
+    def _executor(self) -> bool:
+        """What a cluster file of ranks on CPU cores needs beside rates."""
+        wanted = self.request.out and not self.request.quick
+        if self.device.type != "cpu" or not wanted:
+            return True
+        seconds = min(15.0, self.request.timeout / 6)
+        curve, executor = CurveWork(seconds=seconds), ExecutorWork(passes=3 if seconds < 10 else 5)
+        parts = (
+            ("kernel curve", lambda: measure_curve(curve)),
+            ("executor", lambda: measure_executor(executor, self.world, self.rank)),
+        )
+        for number, (step, call) in enumerate(parts):
+            self.progress.show("executor", number, 2)
+            answers = self._attempt(step, call)
+            if self._failed(f"measuring the {step}", answers):
+                return False
+            self.report.timed[step] = answers
+        return True
+
     def _methods(self) -> bool:
         """Every method on every mask."""
         trial = self._trial
@@ -282,6 +304,7 @@ class Examination:
                 links=report.medians(),
                 rates=report.rates,
                 work=self.work,
+                timed=report.timed,
             )
             text = cluster_text(measured, datetime.date.today())
             Path(request.out).write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ from ringattn.launch.context_tests import (
     loss_by_position,
     retrieve_needles,
 )
-from ringattn.launch.initial_weights import choose_weights
+from ringattn.launch.initial_weights import WeightsChoice, choose_weights, sound_weights
 from ringattn.launch.job import build_context, check_attention
 from ringattn.launch.launchers import Launcher
 from ringattn.launch.model import Transformer
@@ -27,6 +27,7 @@ from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.needle_corpus import needle_format
 from ringattn.launch.needles import NeedleFormat
 from ringattn.launch.packing import PackedDataset, check_one_tokenizer
+from ringattn.launch.peers import default_peers
 from ringattn.launch.session import Session, place_ranks
 from ringattn.launch.token_scores import Scorer
 from ringattn.launch.train import on_ranks
@@ -69,7 +70,7 @@ class ContextRequest:
 class _Opened:
     """A checked request: what to test, on what, and where it is written."""
 
-    checkpoint: Path
+    weights: WeightsChoice
     shape: ModelConfig
     text: PackedDataset
     fmt: NeedleFormat
@@ -140,7 +141,7 @@ def _open(request: ContextRequest, config: Config, local_world: int) -> _Opened:
     device_type = place_ranks(config, local_world).device_type
     check_attention(config, shape, device_type, [max(lengths)])
     return _Opened(
-        checkpoint=choose_weights(request.run, shape),
+        weights=choose_weights(request.run, shape, f"run {request.run}"),
         shape=shape,
         text=text,
         fmt=needle_format(request.needles) if request.needles else NeedleFormat(),
@@ -161,7 +162,8 @@ def _test_on_rank(request: ContextRequest, config: Config, session: Session) -> 
     mesh = build_mesh(session.device.type, dp=parallel.dp, cp=parallel.cp, timeout=session.timeout)
     model = Transformer(opened.shape).eval()
     weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    load_tensors(opened.checkpoint, weights)
+    path = sound_weights(opened.weights, default_peers())
+    load_tensors(path, weights, verified=True)
     model.to(session.device)
     staged = "cuda" if session.shared else None
     cp = build_context(config, opened.shape, mesh.cp_mesh, staged, session.topology)
@@ -172,7 +174,7 @@ def _test_on_rank(request: ContextRequest, config: Config, session: Session) -> 
         scaling = opened.shape.rope_scaling
         about = {
             "run": config.run.name or Path(request.run).name,
-            "step": read_state(opened.checkpoint).step,
+            "step": read_state(path).step,
             "rope_scaling": asdict(scaling) if scaling else None,
             "text": str(opened.text.path),
             "needle_format": asdict(opened.fmt),

@@ -7,6 +7,7 @@ one reports; see `ringattn.launch.monitor`.
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,17 @@ from typing import NoReturn
 
 from ringattn.errors import UserError
 
+# A launcher stops all processes once one has ended: those that say nothing let the others speak.
+REPORT_GRACE_S = 10.0
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_INTERRUPT = 1, 2, 128 + signal.SIGINT
 
 
 class AlreadyToldError(Exception):
     """Something is wrong, and the person knows: the process ends with 1 and says no more."""
+
+
+class ToldElsewhereError(Exception):
+    """A mistake of the user that another process of the job tells: this one ends with 2."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,9 @@ def run_reporting(body: Callable[[], None], report: Callable[[Failure], int] | N
         failure = Failure(EXIT_USER_ERROR, " ".join(str(error).split()), quiet=True)
     except KeyboardInterrupt:
         failure = Failure(EXIT_INTERRUPT, "stopped by SIGINT", quiet=True)
+    except ToldElsewhereError:
+        time.sleep(REPORT_GRACE_S)
+        failure = Failure(EXIT_USER_ERROR, "", quiet=True)
     except (AlreadyToldError, BrokenPipeError):
         failure = Failure(EXIT_FAULT, "", quiet=True)
     except Exception as error:

@@ -22,7 +22,7 @@ from ringattn.launch.corpus import CorpusMeta, load_meta
 from ringattn.launch.degrees import degrees_of
 from ringattn.launch.feed import layer_masks
 from ringattn.launch.hf_weights import HFWeights
-from ringattn.launch.initial_weights import choose_weights
+from ringattn.launch.initial_weights import WeightsChoice, choose_weights
 from ringattn.launch.model_config import ModelConfig
 from ringattn.launch.packing import PackedDataset
 from ringattn.launch.prepare import prepare_if_missing
@@ -43,7 +43,7 @@ class Job:
         train, heldout: the corpus's splits; heldout is None where the corpus holds nothing out.
         identity: what a checkpoint must share to be continued, by dotted key.
         choice: where it may continue from; without a candidate it starts anew.
-        weights: checkpoint that a run that starts anew takes its weights from, or None.
+        weights: checkpoints that a run that starts anew may take its weights from, or None.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Job:
     heldout: PackedDataset | None
     identity: dict[str, Any]
     choice: Choice
-    weights: Path | None = None
+    weights: WeightsChoice | None = None
 
     @property
     def checkpoint(self) -> Candidate | None:

@@ -9,12 +9,35 @@ from functools import partial
 from typing import Literal
 
 from ringattn.errors import UserError
+from ringattn.launch.failure import ToldElsewhereError
 from ringattn.launch.mpi import join_mpi
 from ringattn.launch.ranks import Joined, Ranks, integer
-from ringattn.launch.slurm import join_slurm
+from ringattn.launch.slurm import in_step, join_slurm
 
 Launcher = Literal["auto", "torchrun", "mpi", "slurm", "deepspeed", "none"]
 LAUNCHERS: tuple[Launcher, ...] = ("auto", "torchrun", "mpi", "slurm", "deepspeed", "none")
+
+# By which variables launchers tell a process its rank, the number of ranks, and its local rank.
+_RANKS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+_RANKS += (("PMI_RANK", "PMI_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_LOCAL = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+def discover_ranks_once(
+    environ: MutableMapping[str, str], launcher: Launcher = "auto"
+) -> Ranks | None:
+    """`discover_ranks`, where of a mistake that all processes find only one of each host tells.
+
+    Raises:
+        UserError: this process is to tell of the mistake.
+        ToldElsewhereError: another one does.
+    """
+    try:
+        return discover_ranks(environ, launcher)
+    except UserError as error:
+        if _own(error) or _first_of_host(environ):
+            raise
+        raise ToldElsewhereError from None
 
 
 def discover_ranks(environ: MutableMapping[str, str], launcher: Launcher = "auto") -> Ranks | None:
@@ -26,7 +49,8 @@ def discover_ranks(environ: MutableMapping[str, str], launcher: Launcher = "auto
 
     Args:
         environ: variables of this process.
-        launcher: "auto", or whose variables are read whatever else is set; "none" for none.
+        launcher: "auto", or whose variables are read whatever else is set; "none" for none, which
+            is refused where a launcher has started several processes.
 
     Raises:
         UserError: variables are missing, contradict each other, or are no numbers.
@@ -36,7 +60,9 @@ def discover_ranks(environ: MutableMapping[str, str], launcher: Launcher = "auto
         # One after the other: asking MPI means to start it.
         found = (joined for find in _AUTO if (joined := find(environ)) is not None)
         joined = next(found, None)
-    elif launcher != "none":
+    elif launcher == "none":
+        _refuse_several(environ)
+    else:
         joined = _FINDERS[launcher](environ)
         if joined is None:
             raise UserError(
@@ -66,7 +92,7 @@ def _torchrun(environ: Mapping[str, str]) -> Joined:
     for key in ("MASTER_ADDR", "MASTER_PORT"):
         if key not in environ:
             raise UserError(
-                f"RANK={rank}", f"needs {key} beside it", "unset RANK, or start with torchrun"
+                key, "is not set beside RANK and WORLD_SIZE", "unset them, or start with torchrun"
             )
     # Without LOCAL_* every rank is taken to be on this host, until ranks can compare their hosts.
     local_rank = integer(environ, "LOCAL_RANK", least=0, default=rank)
@@ -134,6 +160,36 @@ def _mpi_or_its_step(environ: Mapping[str, str]) -> Joined | None:
         if step is None or own != environ["SLURM_PROCID"]:
             raise
         return step
+
+
+def _refuse_several(environ: Mapping[str, str]) -> None:
+    """Refuses to start local ranks in each of the processes that a launcher started.
+
+    A shell that srun opened for a person (--pty) is one process, however many tasks the step has.
+    """
+    several = in_step(environ) and "SLURM_PTY_PORT" not in environ
+    for rank_key, world_key in _RANKS if several else _RANKS[:-1]:
+        world = environ.get(world_key, "")
+        if rank_key in environ and world.isdecimal() and int(world) > 1:
+            raise UserError(
+                "--launcher none",
+                f"a launcher has started {world} processes ({world_key}), and each would start a "
+                "job of its own",
+                f"leave --launcher out, or unset {rank_key} and {world_key} for local ranks",
+            )
+
+
+def _own(error: UserError) -> bool:
+    """Whether a mistake may be this process's alone: a value of which each has its own."""
+    key = error.what.partition("=")[0]
+    return "=" in error.what and key in (*_LOCAL, *(key for key, _ in _RANKS), "SLURM_NODEID")
+
+
+def _first_of_host(environ: Mapping[str, str]) -> bool:
+    """Whether no variable tells that this host has processes before this one."""
+    said = [environ[key] for key in _LOCAL if key in environ]
+    said = said or [environ[key] for key, _ in _RANKS if key in environ]
+    return not any(text.isdecimal() and int(text) for text in said)
 
 
 def _below(key: str, value: int, limit_key: str, limit: int) -> None:

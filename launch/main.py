@@ -7,7 +7,9 @@ ringattn sample RUN --prompt TEXT
 ringattn evaluate RUN [key=value ...]
 ringattn needles CORPUS --out DIR
 ringattn doctor [--out cluster.yaml]
+ringattn bench SUITE [--settings NAME] [--out DIR]
 ringattn export RUN --out FOLDER
+ringattn report RESULTS ... [--out report.html]
 """
 
 import argparse
@@ -17,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringattn.errors import UserError
-from ringattn.launch.failure import run_reporting
+from ringattn.launch.failure import report_line, run_reporting
+from ringattn.launch.main_bench import add_bench
 from ringattn.launch.main_context import add_evaluate, add_launcher, add_needles
 from ringattn.launch.main_doctor import add_doctor
+from ringattn.launch.main_report import add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_needles(commands)
     add_doctor(commands)
+    add_bench(commands)
     _add_export(commands)
+    add_report(commands)
     return parser
 
 
@@ -204,11 +210,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from ringattn.launch.config_load import dump_config, load_config
+    from ringattn.launch.idle_settings import idle_settings
     from ringattn.launch.train import check_before_start, train
 
     config = load_config(_find_config(arguments.config), arguments.overrides)
     if arguments.dry_run:
         check_before_start(config)
+        for line in idle_settings(config):
+            report_line(line)
         print(dump_config(config), end="")
         return 0
     if arguments.max_restarts < 0:

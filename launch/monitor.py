@@ -48,16 +48,26 @@ class Monitor:
         timeout_s: silence, or standstill, of so many seconds is a failure.
         where: what this rank does; its main thread keeps it up to date.
         run_dir: reports of faults are kept there, if it exists.
+        keeper: the rank whose process holds the store; None for a process of the launcher.
     """
 
     def __init__(
-        self, ranks: Ranks, store: dist.Store, timeout_s: float, where: Whereabouts, run_dir: Path
+        self,
+        ranks: Ranks,
+        store: dist.Store,
+        timeout_s: float,
+        where: Whereabouts,
+        run_dir: Path,
+        keeper: int | None = None,
     ) -> None:
         self._rank, self._world, self._store = ranks.rank, ranks.world, store
         self._timeout, self._where, self._run_dir = timeout_s, where, run_dir
         self._host, self._beats = socket.gethostname(), 0
         self._interval = min(max(timeout_s / 20, 0.1), _LONGEST_INTERVAL_S)
         self._reached = time.monotonic()  # when the store last answered
+        self._claimed = False  # whether it did once more after this rank's failure
+        self._keeper = keeper
+        self._keeper_beat: Beat | None = None
         self._failure: Failure | None = None
         self._failed = float("inf")  # when
         self._trace = ""  # of the main thread's failure, once it has one
@@ -108,6 +118,8 @@ class Monitor:
                 board = board or self._board()
                 board.beat(self._beat())
                 first, beat = board.first(), board.beat_of(neighbour)
+                if self._keeper is not None:
+                    self._keeper_beat = board.beat_of(self._keeper)
             except RuntimeError:
                 continue  # `_watch` ends a rank that reaches nobody for too long
             self._reached = now = time.monotonic()
@@ -126,7 +138,7 @@ class Monitor:
             if not self._where.watched or self._where.ticks != ticks:
                 ticks, since = self._where.ticks, now
             if now - self._failed > _GRACE_S:
-                self._print({}, {})
+                self._print({}, self._lost_keeper())
                 end_process(self._code)
             elif now - since > self._timeout + _MARGIN_S:
                 self._end(f"no progress for {self._timeout:g} s")
@@ -166,6 +178,7 @@ class Monitor:
         try:
             board = self._board()
             first = board.claim(First(self._rank, failure.code))
+            self._claimed = True
             if first.rank != self._rank:
                 self._code = first.code
                 board.add_stack(self._trace or own_stacks())
@@ -179,8 +192,14 @@ class Monitor:
                 self._print(stacks, {rank: board.beat_of(rank) for rank in sorted(missing)})
                 board.set_reported()
         except RuntimeError:
-            self._print({}, {})
+            self._print({}, self._lost_keeper())
         self._settled.set()
+
+    def _lost_keeper(self) -> dict[int, Beat | None]:
+        """The rank that holds the store, where the store is gone; nobody else can be asked."""
+        if self._keeper in (None, self._rank) or self._claimed:
+            return {}
+        return {self._keeper: self._keeper_beat}
 
     def _print(self, stacks: dict[int, str], silent: dict[int, Beat | None]) -> None:
         """Prints the report, once; nothing where another rank's failure is followed."""

@@ -31,7 +31,7 @@ def join_mpi(environ: Mapping[str, str], *, certain: bool = False) -> Joined | N
         certain: MPI is started even where no variable tells of it.
 
     Returns:
-        None where no variable of an MPI launcher is set.
+        None where no variable of an MPI launcher is set, and MPI knows of no other process.
 
     Raises:
         UserError: incomplete variables, no mpi4py, or an mpi4py of another MPI than the launcher.
@@ -41,6 +41,8 @@ def join_mpi(environ: Mapping[str, str], *, certain: bool = False) -> Joined | N
         return None
     MPI = _load()
     world = MPI.COMM_WORLD
+    if expected is None and world.size == 1:
+        return None
     if expected and world.size != expected:
         raise UserError(
             f"MPI world of size {world.size}",
@@ -65,7 +67,7 @@ def _told_size(environ: Mapping[str, str]) -> int | None:
     """Ranks of the job by the launcher's variables, 0 where only PMIx tells of it; None outside."""
     for rank_key, size_key in _VARIABLES:
         if rank_key in environ or size_key in environ:
-            fix = "start with mpiexec, or use --launcher none for local ranks"
+            fix = f"start with mpiexec, or unset {rank_key} and {size_key} for local ranks"
             size = integer(environ, size_key, least=1, fix=fix)
             rank = integer(environ, rank_key, least=0, fix=fix)
             if rank >= size:

@@ -15,11 +15,17 @@ from ringattn.launch.corpus import (
     CorpusMeta,
     load_meta,
 )
-from ringattn.launch.corpus_writer import SplitWriter, length_histogram, new_corpus_folder
+from ringattn.launch.corpus_writer import (
+    SplitWriter,
+    length_histogram,
+    lengths_text,
+    new_corpus_folder,
+)
 from ringattn.launch.data_sources import Source
 from ringattn.launch.entropy import corpus_entropy
 from ringattn.launch.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
+LENGTHS_FILE = "lengths.yaml"
 _PROGRESS_EVERY = 256
 
 
@@ -44,6 +50,9 @@ def prepare(
     progress: Callable[[Progress], None] | None = None,
 ) -> CorpusMeta:
     """Writes the corpus folder `out_dir`, whole or not at all.
+
+    Beside the shards lies `LENGTHS_FILE`, the histogram of document lengths that ``ringattn bench``
+    draws packs from.
 
     A document is held out when a hash of (seed, its text) falls below `holdout`, so its side
     depends neither on order nor on the other documents, and copies never straddle the splits.
@@ -182,6 +191,7 @@ def _write(
         entropy={},
     )
     meta = replace(meta, entropy=corpus_entropy(work, meta))
+    (work / LENGTHS_FILE).write_text(lengths_text(edges, counts["train"]), encoding="utf-8")
     (work / "meta.json").write_text(meta.to_json(), encoding="utf-8")
     if progress is not None:
         progress(Progress(documents, tokens, name))

@@ -11,7 +11,9 @@ import selectors
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from ipaddress import ip_address
 
 import torch.distributed as dist
 
@@ -70,8 +72,8 @@ def check_reach(
         store.set(f"{_STANDS}{ranks.rank}", "")
         _agree(store)
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        stand, mistake = _stand(ranks.rank, listener, environ)
+    with ExitStack() as listening:
+        stand, mistake = _stand(ranks.rank, listening, environ)
         store.set(f"{_STANDS}{ranks.rank}", json.dumps(asdict(stand)))
         stands = [
             _Stand(**json.loads(text))
@@ -93,17 +95,21 @@ def _agree(store: dist.Store) -> None:
         raise UserError(*mistake)
 
 
-def _stand(
-    rank: int, listener: socket.socket, environ: Mapping[str, str]
-) -> tuple[_Stand, list[str]]:
-    """Starts to listen; returns where, and the mistake that keeps it from doing so or nothing."""
+def _stand(rank: int, listening: ExitStack, environ: Mapping[str, str]) -> tuple[_Stand, list[str]]:
+    """Starts to listen; returns where, and the mistake that keeps it from doing so or nothing.
+
+    `listening` ends it.
+    """
     host, name = socket.gethostname(), environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     nowhere = _Stand(rank=rank, host=host, key=host_key(), interface=name)
     try:
         addresses = _addresses_of(name) if name else _addresses_of_host(host)
-        address = next((one for one in addresses if ":" not in one), None)
-        if address is None:
-            return nowhere, []  # IPv6 alone is not looked at
+        addresses = [one for one in addresses if not _link_local(one)]
+        if not addresses:
+            return nowhere, []  # an address that means something on its own link alone
+        # Of both kinds, the kernel tells the older one first, and gloo takes the first.
+        address = min(addresses, key=lambda one: ":" in one)
+        listener = listening.enter_context(socket.socket(_family(address), socket.SOCK_STREAM))
         listener.bind((address, 0))
         listener.listen(socket.SOMAXCONN)
     except OSError as error:
@@ -113,6 +119,15 @@ def _stand(
         return nowhere, [what, rule, f"set run.interface to one of its interfaces: {there}"]
     port = int(listener.getsockname()[1])
     return replace(nowhere, address=address, port=port), []
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _link_local(address: str) -> bool:
+    """Whether an IPv6 address names a host of its own link only, as every interface has one."""
+    return ":" in address and ip_address(address.partition("%")[0]).is_link_local
 
 
 def _addresses_of(interface: str) -> tuple[str, ...]:
@@ -145,7 +160,7 @@ def _connect(mine: _Stand, stands: list[_Stand], timeout_s: float) -> list[str]:
                 if is_loopback(other.address):
                     rule = "takes a loopback address, which no other host can reach"
                     return [str(other), rule, _fix(other)]
-                link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+                link = socket.socket(_family(other.address), socket.SOCK_STREAM)
                 waiting.register(link, selectors.EVENT_WRITE, other)
                 link.setblocking(False)
                 error = link.connect_ex((other.address, other.port))

@@ -8,6 +8,7 @@ a name of its own that no predecessor can have used, and rank 0 answers each by 
 
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,6 +16,11 @@ import torch.distributed as dist
 from ringattn.errors import CommunicationError
 
 _POLL_S = 0.01
+
+
+def launcher_holds_store(environ: Mapping[str, str]) -> bool:
+    """Whether a process of the launcher holds the store, as torchrun's does; else rank 0 does."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def join_life(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:

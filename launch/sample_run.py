@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ringattn.errors import UserError
-from ringattn.launch.checkpoint import find_checkpoints, load_tensors
+from ringattn.launch.checkpoint import load_tensors
+from ringattn.launch.initial_weights import choose_weights, sound_weights
 from ringattn.launch.model import Transformer
 from ringattn.launch.run_folder import read_model
 from ringattn.launch.sample import generate
@@ -22,7 +22,7 @@ def sample_run(
     seed: int,
     write: Callable[[str], None],
 ) -> None:
-    """Continues `prompt` with the newest checkpoint of a run, on a GPU if there is one.
+    """Continues `prompt` with the newest sound checkpoint of a run, on a GPU if there is one.
 
     Args:
         folder: the run's folder.
@@ -33,14 +33,10 @@ def sample_run(
         UserError: no run, no checkpoint, or values out of range.
     """
     shape, tokenizer = read_model(folder)
-    found = find_checkpoints(folder)
-    if not found:
-        raise UserError(
-            f"run {folder}", "holds no complete checkpoint", "train it, or name another run"
-        )
+    path = sound_weights(choose_weights(folder, shape, f"run {folder}"))
     model = Transformer(shape).eval()
     weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    load_tensors(found[-1], weights, alone=True)
+    load_tensors(path, weights, alone=True, verified=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     text = generate(
         model,

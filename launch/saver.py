@@ -30,7 +30,7 @@ from ringattn.launch.checkpoint_writer import Retention, SaveError, write_checkp
 from ringattn.launch.engine import Engine
 from ringattn.launch.events import EventLog
 from ringattn.launch.failure import report_line
-from ringattn.launch.initial_weights import load_weights
+from ringattn.launch.initial_weights import WeightsChoice, load_weights, sound_weights
 from ringattn.launch.job import Job
 from ringattn.launch.peers import Peers
 from ringattn.launch.snapshot import Snapshot, own_rows
@@ -187,11 +187,14 @@ class Saver:
             return Restored(state.step, state.position, state.guard)
         if again:
             raise UserError(
-                "rollback", "there is no checkpoint of this run yet", "set checkpoint.every"
+                "rollback",
+                "there is no checkpoint of this run yet",
+                "lower checkpoint.every, so that one comes before a step that goes wrong",
             )
         self._name_run(None)
         if weights is not None:
-            self._engine.load(partial(load_weights, weights))
+            path = sound_weights(weights, self._peers, self._warn)
+            self._engine.load(partial(load_weights, path))
         return Restored(0, 0, [])
 
     def close(self, error: BaseException | None = None) -> None:
@@ -222,7 +225,7 @@ class Saver:
         )
         self._damaged.discard(path.name)
 
-    def _choose(self, again: bool) -> tuple[Choice, Path | None]:
+    def _choose(self, again: bool) -> tuple[Choice, WeightsChoice | None]:
         """What rank 0 sees: the choice, and the weights of a new run."""
         job = self._job
         if not again:

@@ -1,7 +1,10 @@
 """The process of one rank: device, threads, process group."""
 
+import gc
+import importlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,8 +192,20 @@ def open_session(
             # After a failure peers may be gone, and an orderly shutdown would wait for them.
             if finished or ranks.world == 1:
                 dist.destroy_process_group()
+                _let_go_of_groups()
             if finished:
                 leave_mpi()
+
+
+def _let_go_of_groups() -> None:
+    """Frees groups that sharded models left in caches and cycles, and so ends their threads.
+
+    `GroupRef` says what threads of a group do to a process that ends before them.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        sharded = importlib.import_module("torch.distributed.tensor.debug")
+        getattr(sharded, "_clear_sharding_prop_cache", lambda: None)()
+    gc.collect()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from itertools import product
 from ringattn.errors import UserError
 from ringattn.launch.ranks import Joined, Ranks, integer
 
-_FIX = "start with srun, or use --launcher none for local ranks"
+_FIX = "start with srun, or unset SLURM_STEP_ID for local ranks"
 _SPECIAL_STEPS = 0xFFFFFFF0  # batch, extern and interactive steps have numbers from here on
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 
@@ -25,8 +25,7 @@ def join_slurm(environ: Mapping[str, str], *, certain: bool = False) -> Joined |
     Raises:
         UserError: variables are missing or contradict each other.
     """
-    step = environ.get("SLURM_STEP_ID")
-    if step is None or (step.isdecimal() and int(step) >= _SPECIAL_STEPS):
+    if not in_step(environ):
         return None
     key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     if key not in environ and not certain:
@@ -40,6 +39,12 @@ def join_slurm(environ: Mapping[str, str], *, certain: bool = False) -> Joined |
     counts = _tasks_of_nodes(environ, world)
     ranks = _place(environ, task, world, counts)
     return Joined(ranks, master=(_address(environ, len(counts)), _port(environ)))
+
+
+def in_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process, or what started it."""
+    step = environ.get("SLURM_STEP_ID")
+    return step is not None and not (step.isdecimal() and int(step) >= _SPECIAL_STEPS)
 
 
 def expand_nodes(text: str) -> list[str]:

@@ -12,22 +12,30 @@ from pathlib import Path
 
 import torch
 
+from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_check import check_config
 from ringattn.launch.control import StopRequest, heeding_signals
 from ringattn.launch.elastic import describe_fit, fit_to_world
-from ringattn.launch.failure import Failure, end_process, print_failure, run_reporting
+from ringattn.launch.failure import (
+    REPORT_GRACE_S,
+    Failure,
+    end_process,
+    print_failure,
+    report_line,
+    run_reporting,
+)
+from ringattn.launch.idle_settings import idle_settings
 from ringattn.launch.job import open_job, prepare_corpus
-from ringattn.launch.launchers import Launcher, discover_ranks
+from ringattn.launch.launchers import Launcher, discover_ranks, discover_ranks_once
 from ringattn.launch.local_ranks import start_local_ranks
 from ringattn.launch.monitor import Monitor
 from ringattn.launch.ranks import Ranks
+from ringattn.launch.rendezvous import launcher_holds_store
 from ringattn.launch.restart import resume_after_restart
 from ringattn.launch.session import Session, open_session, open_store
 from ringattn.launch.trainer import Trainer
 from ringattn.launch.whereabouts import Whereabouts
-
-_REPORT_GRACE_S = 10.0
 
 Body = Callable[[Config, Session], None]
 
@@ -78,7 +86,10 @@ def on_ranks(
     Returns:
         The exit code: 0, 2 for a mistake of the user, else of the rank that failed first.
     """
-    ranks = discover_ranks(os.environ, launcher)
+    ranks = discover_ranks_once(os.environ, launcher)
+    if ranks is not None and max_restarts:
+        refuse = partial(_refuse_restarts, ranks, max_restarts)
+        return run_reporting(refuse, partial(_report_alone, ranks=ranks))
     if ranks is not None:
         return run_rank(config, ranks, body, preemptible)
     code = run_reporting(check)
@@ -99,6 +110,8 @@ def on_ranks(
 
 def _train_rank(config: Config, session: Session) -> None:
     if session.is_main:
+        for line in idle_settings(config):
+            report_line(line)
         prepare_corpus(config)
     session.barrier()
     Trainer(open_job(config, session.sharers), session).fit()
@@ -150,7 +163,10 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
             print(note, file=sys.stderr, flush=True)
         fitted = resume_after_restart(fitted, os.environ)
         store, where = open_store(ranks, timeout), Whereabouts()
-        monitors.append(Monitor(ranks, store, config.run.timeout_s, where, Path(config.run.dir)))
+        keeper = None if launcher_holds_store(os.environ) else 0
+        monitors.append(
+            Monitor(ranks, store, config.run.timeout_s, where, Path(config.run.dir), keeper)
+        )
         with monitors[0], open_session(fitted, ranks, store, where, request) as session:
             work(fitted, session)
 
@@ -161,6 +177,16 @@ def run_rank(config: Config, ranks: Ranks, work: Body, preemptible: bool = False
     return code
 
 
+def _refuse_restarts(ranks: Ranks, wanted: int) -> None:
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    raise UserError(
+        f"--max-restarts {wanted}",
+        f"restarts ranks that this command starts itself, and {ranks.launcher} started these",
+        "give --max-restarts to torchrun, before the program" if elastic
+        else "leave it out: the same command, started again, goes on from the newest checkpoint",
+    )  # fmt: skip
+
+
 def _report_alone(failure: Failure, ranks: Ranks) -> int:
     """Reports what went wrong before ranks could talk.
 
@@ -168,6 +194,6 @@ def _report_alone(failure: Failure, ranks: Ranks) -> int:
     stay a moment, because a launcher stops every rank once one has ended.
     """
     if failure.quiet and ranks.rank:
-        time.sleep(_REPORT_GRACE_S)
+        time.sleep(REPORT_GRACE_S)
         return failure.code
     return print_failure(failure)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ringattn.parallel.group_ref import GroupRef
+
 Message = tuple[int, torch.Tensor]  # (peer rank in the group, flat uint8 tensor)
 
 
@@ -81,7 +83,7 @@ class ProcessGroupFabric:
     the one group.
 
     Args:
-        group: the context-parallel group.
+        group: the context-parallel group; not kept alive (`GroupRef`).
         device: where tensors live; decides how digests are compared.
         timeout: how long a wait may take; the group's own timeout when None.
     """
@@ -89,11 +91,16 @@ class ProcessGroupFabric:
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None
     ) -> None:
-        self.group, self.device, self.timeout = group, device, timeout
+        self._group, self.device, self.timeout = GroupRef(group), device, timeout
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.received_bytes = 0
         self._batched = backend_of(group, device.type) == "nccl"
-        self._groups: dict[tuple[int, bool], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[int, bool], GroupRef] = {}
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group. Raises RuntimeError when it has been destroyed."""
+        return self._group()
 
     def open(self, channels: Sequence[tuple[int, bool]]) -> None:
         if not self._batched:
@@ -111,7 +118,7 @@ class ProcessGroupFabric:
             )
             assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=self.device), group=group)
-            self._groups[channel] = group
+            self._groups[channel] = GroupRef(group)
 
     def agree(self, digest: str) -> list[int]:
         if self.world == 1:
@@ -134,7 +141,7 @@ class ProcessGroupFabric:
         if not tensors:
             return _Works([], [], None)
         if self._batched:
-            group = self._groups[lane, long]
+            group = self._groups[lane, long]()
             ops = [dist.P2POp(dist.irecv, t, group=group, group_peer=p) for p, t in recvs]
             ops += [dist.P2POp(dist.isend, t, group=group, group_peer=p) for p, t in sends]
             return _Works(dist.batch_isend_irecv(ops), tensors, None)

@@ -103,6 +103,17 @@ def usable_cpus() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
+def cache_bytes() -> int:
+    """Bytes of the largest CPU cache, as Linux tells; 32 MiB where it does not."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = [
+        int(text[:-1]) * units[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in units and text[:-1].isdecimal()
+    ]
+    return max(found, default=32 << 20)
+
+
 def visible_gpus() -> tuple[Gpu, ...]:
     """The GPUs that torch sees, CUDA_VISIBLE_DEVICES applied."""
     if not torch.cuda.is_available():

@@ -21,6 +21,7 @@ from ringattn.layout import Layout
 from ringattn.masks import Mask
 from ringattn.methods.common import Problem
 from ringattn.parallel.fabric import Fabric, ProcessGroupFabric, backend_of
+from ringattn.parallel.group_ref import GroupRef
 from ringattn.parallel.staged import StagedFabric, check_staging
 from ringattn.parallel.topology import ranks_per_node as launcher_ranks_per_node
 from ringattn.place import Place
@@ -84,7 +85,8 @@ class ContextParallel:
         layout_options: "dict[str, int | float] | None" = None,
         refine: int | None = None,
     ) -> None:
-        self.group, self.world, self.rank = resolve_group(group)
+        found, self.world, self.rank = resolve_group(group)
+        self._group = None if found is None else GroupRef(found)
         self.simulated = isinstance(group, int)
         self.heads, self.head_dim = checks.head_counts(heads), checks.head_dims(head_dim)
         self.dtype, self.method, self.layout, self.kernel = dtype, method, layout, kernel
@@ -104,13 +106,21 @@ class ContextParallel:
         checks.options(self.options, method, self.cluster is not None)
         checks.layout_options(self.layout_options, layout)
         checks.is_duration(timeout)
-        check_staging(staged, self.group)
+        check_staging(staged, found)
         self.staged = staged
         self.arena, self.agreements, self.place = Arena(), Agreements(), Place()
         self._fabrics: dict[str, Fabric] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._layouts: OrderedDict[str, Layout] = OrderedDict()
         self._lock = Lock()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group, which is not kept alive; None for simulated ranks.
+
+        Raises RuntimeError when it has been destroyed.
+        """
+        return None if self._group is None else self._group()
 
     @property
     def device(self) -> torch.device:

@@ -10,23 +10,35 @@ import torch
 from ringattn.benchmarks.peers.cases import MaskCase
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[
+    [], tuple[torch.Tensor, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of queries and keys, head dim, and the seed of the inputs; float32, batch 1."""
+    """Heads of queries and keys, head dim, the seed, dtype and device of the inputs; batch 1.
+
+    `device` is "cpu" or "cuda", which is every rank's current one.
+    """
 
     q_heads: int
     kv_heads: int
     head_dim: int
     seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def inputs(self, seq_len: int) -> Tensors:
-        """Whole q, k, v, dout (1, S, heads, D), float32, equal in every process."""
+        """Whole q, k, v, dout (1, S, heads, D), equal in every process."""
         generator = torch.Generator().manual_seed(self.seed)
         heads = (self.q_heads, self.kv_heads, self.kv_heads, self.q_heads)
         q, k, v, dout = (
-            torch.randn(1, seq_len, h, self.head_dim, generator=generator) for h in heads
+            torch.randn(1, seq_len, h, self.head_dim, generator=generator).to(
+                self.device, self.dtype
+            )
+            for h in heads
         )
         return q, k, v, dout
 
@@ -41,20 +53,37 @@ class Prepared:
             All ranks communicate in it.
         note: one line, how the mask is computed.
         planned_bytes: bytes this rank receives in a run, where the contender knows them.
+        forward: one forward alone; returns out and a function that runs the backward of it once
+            and returns dq, dk, dv. All ranks communicate in both.
+        counted: whether `wire.counted_wire` sees what the contender sends.
     """
 
     positions: np.ndarray
     run: Callable[[], Tensors]
     note: str
     planned_bytes: int | None = None
+    forward: Forward | None = None
+    counted: bool = True
 
 
 class Contender(Protocol):
-    """A way to compute sharded attention. Instances travel to the ranks by pickle."""
+    """A way to compute sharded attention. Instances travel to the ranks by pickle.
+
+    Its package is imported by `refusal` and `prepare` alone, never with the module.
+    """
 
     @property
     def name(self) -> str:
         """Unique in a comparison."""
+        ...
+
+    @property
+    def package(self) -> str:
+        """The distribution that it comes from."""
+        ...
+
+    def installed(self) -> str | None:
+        """Version of the package, None where it is missing."""
         ...
 
     def refusal(self, case: MaskCase, shape: Shape, world: int) -> str | None:
@@ -66,17 +95,40 @@ class Contender(Protocol):
         ...
 
 
-def autograd_run(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    dout: torch.Tensor,
-) -> Callable[[], Tensors]:
-    """One forward and backward of a differentiable attention as a `Prepared.run`."""
-    leaves = tuple(x.detach().requires_grad_() for x in qkv)
+def prepare_autograd(
+    positions: np.ndarray,
+    attend: Attend,
+    inputs: Tensors,
+    note: str,
+    *,
+    planned_bytes: int | None = None,
+    counted: bool = True,
+) -> Prepared:
+    """The share of a differentiable attention over local q, k, v, dout (1, T, heads, D)."""
+    *qkv, dout = inputs
+    q, k, v = (x.detach().requires_grad_() for x in qkv)
+
+    def forward() -> tuple[
+        torch.Tensor, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ]:
+        out = attend(q, k, v)
+
+        def backward() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+            return dq, dk, dv
+
+        return out.detach(), backward
 
     def run() -> Tensors:
-        out = attend(*leaves)
-        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-        return out.detach(), dq, dk, dv
+        out, backward = forward()
+        return out, *backward()
 
-    return run
+    return Prepared(positions, run, note, planned_bytes, forward, counted)
+
+
+def rows_at(inputs: Tensors, positions: np.ndarray) -> Tensors:
+    """Rows of whole q, k, v, dout at global tokens; zeros where a position is -1."""
+    index = torch.from_numpy(positions).to(inputs[0].device)
+    padded = (index < 0).view(1, -1, 1, 1)
+    q, k, v, dout = (x.index_select(1, index.clamp_min(0)).masked_fill(padded, 0.0) for x in inputs)
+    return q, k, v, dout

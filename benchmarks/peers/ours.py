@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 import ringattn as ra
-from ringattn.benchmarks.peers.base import Prepared, Shape, autograd_run
+from ringattn.benchmarks.peers.base import Prepared, Shape, prepare_autograd
 from ringattn.benchmarks.peers.cases import MaskCase
+from ringattn.benchmarks.peers.packages import installed_version
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,11 @@ class Ours:
     name: str
     method: str = "auto"
     cluster: str | None = None
+    package: str = "ringattn"
+
+    def installed(self) -> str | None:
+        """Version of ringattn."""
+        return installed_version(self.package, self.package)
 
     def refusal(self, case: MaskCase, shape: Shape, world: int) -> str | None:
         """Whatever building the plan refuses."""
@@ -33,10 +39,11 @@ class Ours:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return ra.attention(q, k, v, plan)
 
-        return Prepared(
-            positions=plan.positions().numpy(),
-            run=autograd_run(attend, (q, k, v), dout),
-            note=f"{plan.layout.name}, {plan.method}",
+        return prepare_autograd(
+            plan.positions().cpu().numpy(),
+            attend,
+            (q, k, v, dout),
+            f"{plan.layout.name}, {plan.method}",
             planned_bytes=plan.bytes(rank, "forward") + plan.bytes(rank, "backward"),
         )
 
@@ -45,7 +52,7 @@ class Ours:
             group,
             heads=(shape.q_heads, shape.kv_heads),
             head_dim=shape.head_dim,
-            dtype=torch.float32,
+            dtype=shape.dtype,
             method=self.method,
             cluster=self.cluster,
         )

@@ -26,8 +26,8 @@ class RingCall:
     Attributes:
         q, k: rows of the local shard, and of the shard that visits in this step.
         causal: row a sees keys b <= a of the call (upper left).
-        mask: additive float32 (rows, keys), or None.
-        unseen: bool (rows,) of rows without a key, or None where every row has one.
+        mask: additive (rows, keys) or (1, heads, rows, keys), in the inputs' dtype, or None.
+        unseen: bool (rows,) or (heads, rows) of rows without a key; None where all rows have one.
         first: no earlier call writes these query rows.
     """
 

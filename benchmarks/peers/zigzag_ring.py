@@ -13,9 +13,11 @@ from itertools import product
 import numpy as np
 import torch
 
-from ringattn.benchmarks.peers.base import Prepared, Shape, Tensors, autograd_run
+from ringattn.benchmarks.peers.base import Prepared, Shape, Tensors, prepare_autograd, rows_at
 from ringattn.benchmarks.peers.cases import MaskCase, allowed_block
-from ringattn.benchmarks.peers.local_sdpa import additive
+from ringattn.benchmarks.peers.local_sdpa import additive, local_refusal
+from ringattn.benchmarks.peers.packages import installed_version
+from ringattn.benchmarks.peers.patterns import CAUSAL
 from ringattn.benchmarks.peers.ring_pass import Ring, RingAttention, RingCall
 from ringattn.masks import Mask
 
@@ -27,38 +29,48 @@ class ZigzagRing:
     """See the module docstring. Implements `base.Contender`."""
 
     name: str = "zigzag_ring"
+    package: str = "ringattn"
+
+    def installed(self) -> str | None:
+        """Version of ringattn, which it is part of."""
+        return installed_version(self.package, self.package)
 
     def refusal(self, case: MaskCase, shape: Shape, world: int) -> str | None:
-        """Needs tokens divisible by 2P."""
-        del shape
+        """Needs tokens divisible by 2P, a CPU, and a mask that fits into memory."""
+        if shape.device != "cpu":
+            return "it calls PyTorch's CPU flash operator; ring_flash_attn is the same for CUDA"
         if case.seq_len % (2 * world):
             return f"{case.seq_len} tokens do not divide into {2 * world} chunks"
-        return None
+        return local_refusal(case, shape)
 
     def prepare(self, case: MaskCase, shape: Shape, rank: int, world: int) -> Prepared:
         """See `Contender.prepare`."""
         chunk = case.seq_len // (2 * world)
-        if case.name == "causal":
+        if case.pattern == CAUSAL:
             ring, note = Ring(rank, world, _causal_steps(rank, world, chunk)), "half blocks"
         else:
-            ring, note = Ring(rank, world, _masked_steps(case.mask(), rank, world)), "dense masks"
-        starts = _chunk_starts(rank, world, chunk)
-        positions = np.concatenate([np.arange(start, start + chunk) for start in starts])
+            steps = _masked_steps(case.mask(), shape, rank, world)
+            ring, note = Ring(rank, world, steps), "dense masks"
+        positions = zigzag_positions(case.seq_len, rank, world)
         return prepare_ring(ring, positions, shape.inputs(case.seq_len), note)
+
+
+def zigzag_positions(seq_len: int, rank: int, world: int) -> np.ndarray:
+    """Tokens of a rank: chunks `rank` and 2P - 1 - `rank` of 2P."""
+    chunk = seq_len // (2 * world)
+    starts = _chunk_starts(rank, world, chunk)
+    return np.concatenate([np.arange(start, start + chunk) for start in starts])
 
 
 def prepare_ring(ring: Ring, positions: np.ndarray, inputs: Tensors, note: str) -> Prepared:
     """A ring over the rows at `positions` (-1: a row of zeros) of whole inputs."""
-    index = torch.from_numpy(positions)
-    padded = (index < 0).view(1, -1, 1, 1)
-    q, k, v, dout = (x[:, index.clamp_min(0)].masked_fill(padded, 0.0) for x in inputs)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = RingAttention.apply(q, k, v, ring)
         assert isinstance(out, torch.Tensor)
         return out
 
-    return Prepared(positions, autograd_run(attend, (q, k, v), dout), note)
+    return prepare_autograd(positions, attend, rows_at(inputs, positions), note)
 
 
 def ring_bytes(tokens: int, world: int, kv_heads: int, head_dim: int) -> int:
@@ -79,7 +91,9 @@ def _causal_steps(rank: int, world: int, chunk: int) -> tuple[tuple[RingCall, ..
     return tuple((call,) for call in (local, *rest))
 
 
-def _masked_steps(mask: Mask, rank: int, world: int) -> tuple[tuple[RingCall, ...], ...]:
+def _masked_steps(
+    mask: Mask, shape: Shape, rank: int, world: int
+) -> tuple[tuple[RingCall, ...], ...]:
     chunk = mask.seq_len // (2 * world)
     rows = _chunk_starts(rank, world, chunk)
     steps, seen = [], set()
@@ -87,7 +101,7 @@ def _masked_steps(mask: Mask, rank: int, world: int) -> tuple[tuple[RingCall, ..
         keys = _chunk_starts((rank - step) % world, world, chunk)
         calls = []
         for (i, q0), (j, k0) in product(enumerate(rows), enumerate(keys)):
-            call = _chunk_call(mask, q0, k0, chunk)
+            call = _chunk_call(mask, shape, q0, k0, chunk)
             if call is not None:
                 place = [slice(n * chunk, (n + 1) * chunk) for n in (i, j)]
                 calls.append(replace(call, q=place[0], k=place[1], first=i not in seen))
@@ -96,16 +110,16 @@ def _masked_steps(mask: Mask, rank: int, world: int) -> tuple[tuple[RingCall, ..
     return tuple(steps)
 
 
-def _chunk_call(mask: Mask, q0: int, k0: int, chunk: int) -> RingCall | None:
+def _chunk_call(mask: Mask, shape: Shape, q0: int, k0: int, chunk: int) -> RingCall | None:
     """The call of a pair of chunks, its rows not placed yet; None where nothing is allowed."""
-    allowed = torch.from_numpy(allowed_block(mask, range(q0, q0 + chunk), range(k0, k0 + chunk)))
+    rows, keys = range(q0, q0 + chunk), range(k0, k0 + chunk)
+    allowed = torch.from_numpy(allowed_block(mask, rows, keys, shape.q_heads))
     if not allowed.any():
         return None
     if allowed.all():
         return RingCall(_EVERY, _EVERY)
-    if torch.equal(allowed, torch.ones_like(allowed).tril_()):
+    if allowed.ndim == 2 and torch.equal(allowed, torch.ones_like(allowed).tril_()):
         return RingCall(_EVERY, _EVERY, causal=True)
-    unseen = ~allowed.any(1)
-    return RingCall(
-        _EVERY, _EVERY, mask=additive(allowed), unseen=unseen if bool(unseen.any()) else None
-    )
+    unseen = ~allowed.any(-1)
+    dense = additive(allowed, shape.dtype)
+    return RingCall(_EVERY, _EVERY, mask=dense, unseen=unseen if bool(unseen.any()) else None)

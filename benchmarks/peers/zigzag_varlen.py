@@ -14,6 +14,7 @@ import numpy as np
 
 from ringattn.benchmarks.peers.base import Prepared, Shape
 from ringattn.benchmarks.peers.cases import MaskCase
+from ringattn.benchmarks.peers.packages import installed_version
 from ringattn.benchmarks.peers.ring_pass import Ring, RingCall
 from ringattn.benchmarks.peers.zigzag_ring import prepare_ring
 
@@ -48,10 +49,17 @@ class ZigzagVarlen:
     """See the module docstring. Implements `base.Contender`."""
 
     name: str = "zigzag_varlen"
+    package: str = "ringattn"
+
+    def installed(self) -> str | None:
+        """Version of ringattn, which it is part of."""
+        return installed_version(self.package, self.package)
 
     def refusal(self, case: MaskCase, shape: Shape, world: int) -> str | None:
-        """Needs a mask that is a list of documents."""
-        del shape, world
+        """Needs a mask that is a list of documents, and a CPU."""
+        del world
+        if shape.device != "cpu":
+            return "it calls PyTorch's CPU flash operator; ring_flash_attn is the same for CUDA"
         return None if case.is_packed else f"it has documents only, no mask like {case.name}"
 
     def prepare(self, case: MaskCase, shape: Shape, rank: int, world: int) -> Prepared:
@@ -61,11 +69,18 @@ class ZigzagVarlen:
             tuple(_calls(shares[rank], shares[(rank - step) % world], step, rank, case.causal))
             for step in range(world)
         )
-        positions = np.full(padded_rows(case.lengths, world), -1, dtype=np.int64)
-        for share in shares[rank]:
-            positions[share.rows] = share.positions
+        positions = document_positions(case.lengths, rank, world)
         note = "one call per document"
         return prepare_ring(Ring(rank, world, steps), positions, shape.inputs(case.seq_len), note)
+
+
+def document_positions(lengths: tuple[int, ...], rank: int, world: int) -> np.ndarray:
+    """Tokens of a rank where each document is padded at its end and cut into 2P chunks; -1 is
+    padding."""
+    positions = np.full(padded_rows(lengths, world), -1, dtype=np.int64)
+    for share in _shares(lengths, rank, world):
+        positions[share.rows] = share.positions
+    return positions
 
 
 def padded_rows(lengths: tuple[int, ...], world: int) -> int:

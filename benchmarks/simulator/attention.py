@@ -23,6 +23,8 @@ from ringattn.cost import Cluster, Survey, price_survey, survey
 from ringattn.errors import UserError
 from ringattn.schedule import Direction
 
+MOST_RANKS = 4096
+"""Of one sequence that are planned."""
 _KEPT = 4096
 """Prices that are remembered."""
 
@@ -53,6 +55,8 @@ def attention_of(row: Published) -> Attention:
     cp, tp = row.cp, row.tp
     if row.kind == "attention":
         cp = 1 if entry["plan"] == "local" else row.gpus
+    if cp > MOST_RANKS:
+        raise UserError(f"{cp} ranks", f"are more than the {MOST_RANKS} of a plan", "state fewer")
     heads = max(1, row.heads[0] // tp), max(1, row.heads[1] // tp)
     plan = "local" if cp == 1 else str(entry["plan"])
     return Attention(
@@ -78,6 +82,8 @@ def kernel_of(row: Published) -> str:
         return name
     if modern == "ampere" or re.search(r"ring.?flash|burst|alst|arctic", row.source.lower()):
         return "fa2"
+    if row.method.lower().startswith("upipe"):
+        return "fa3"
     if modern == "blackwell":
         return "cudnn"
     return "cudnn" if "nemo" in row.source.lower() else "fa2" if row.shape else "fa3_unfused"

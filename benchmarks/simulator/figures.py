@@ -113,7 +113,7 @@ class Figures:
 
     def _curve(self, name: str, kernel: str, direction: str) -> Curve:
         names = curve_names(name, kernel, direction)
-        keys = {full.rpartition(".")[2]: self[full] for full in names}
+        keys: dict[str, Any] = {full.rpartition(".")[2]: self[full] for full in names}
         rows = 128 if direction == "forward" else 64
         return Curve(block_rows=rows, block_keys=128, **keys)
 

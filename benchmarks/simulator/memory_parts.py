@@ -32,6 +32,14 @@ from ringattn.cost.step_shapes import ModelShape
 GIB = 2**30
 HOST_SHARE = 0.9
 """Of host memory that a run may fill."""
+TILED_STREAMS = 12.5
+"""Hidden states of all tokens that a layer holds beside the one whose MLP is computed in tiles."""
+HOST_STATES = 30
+"""Bytes of host memory per parameter whose optimizer is there, pinned copies included."""
+PLAIN_STREAMS = 10
+"""Hidden states of a layer that tensor parallelism without sequence parallelism does not share."""
+COMPILED = 0.8
+"""Share of a layer's kept activations that compiled code keeps."""
 TILE = 8192
 """Tokens of a tile where the MLP is computed tile by tile."""
 
@@ -60,41 +68,48 @@ def memory_parts(row: Published, figures: Figures, seq_len: int | None = None) -
     stream = NARROW * tokens * shape.dim
     layers = shape.layers / row.pp
     layer = layer_bytes(shape, tokens)
+    source = source_of(row)
     if forward_only:
-        share = figures.step("cache_share") if row.tp == 1 else 0.0
-        kept = NARROW * 2 * tokens * shape.kv_width * layers * share
+        kept = NARROW * 2 * tokens * shape.kv_width * layers * float(source.get("cache", 1.0))
     else:
         kept = stream * layers * (float(check["inputs"]) + float(check["outputs"]))
-        kept += layers * float(check["layer"]) * layer
+        compiled = COMPILED if row.says("compile") else 1.0
+        kept += layers * float(check["layer"]) * layer * compiled
         offloaded = row.split.get("act_offload", float(check["offload"]))
         kept *= 1.0 if not offloaded else 2.0 / layers
     tiled = row.split.get("tiled_mlp", 0.0) > 0
     if entry_for("methods", row.method)["family"] == "megatron-tp-plain":
         # Without sequence parallelism every rank holds the residual stream of all tokens.
         whole = stream * (row.tp - 1)
-        kept += whole * (1.0 if forward_only else 8 * layers * float(check["layer"]))
+        kept += 0.0 if forward_only else PLAIN_STREAMS * whole * layers * float(check["layer"])
         layer += 2 * whole
-    source = source_of(row)
+        parts["outer"] += NARROW * shape.head_parameters * (row.tp - 1) / row.tp
     work = (
         figures.step("work_layers")
         * float(source["work"])
         * (layer_bytes(shape, min(tokens, TILE)) if tiled else layer)
     )
     if tiled:
-        work += 6 * stream
+        work += TILED_STREAMS * stream
+    elif row.cp > 1:
+        work += float(source.get("ring", 0.0)) * stream
     each = figures.step("logits") * float(source["logits"])
     rows = min(tokens, TILE) if is_fused_loss(row) else tokens
     logits = each * rows * shape.vocab_size / row.pp
     # Scores of blocks of a ring, where attention is not fused.
     entry = entry_for("methods", row.method)
     block = NARROW * shape.heads * batch_of(row) * tokens**2 / max(batch_of(row), 1.0) ** 2
+    scores = 0.0
     if entry.get("scores") == "all":
-        parts["scores"] = row.cp * block * (1.5 if forward_only else layers)
+        scores = row.cp * block * (2 if forward_only else layers)
     elif entry.get("scores") == "one":
-        parts["scores"] = block
-    parts |= {"kept": kept, "work": max(work, 0.0), "logits": logits}
-    if forward_only:
+        scores = block * (3 if forward_only else 2)
+    parts |= {"kept": kept, "work": max(work, 0.0), "logits": logits, "scores": scores}
+    if forward_only:  # layers and head come one after the other, and nothing waits for a backward
         parts["work"] /= 3
+        later = "logits" if logits < scores + parts["work"] else "work"
+        parts[later] = 0.0
+        parts["scores"] = 0.0 if later == "work" else scores
     if "nvml" in row.metric or "driver" in row.note.lower():
         parts["context"] = GIB * figures.step("context_gib")
     return MemoryParts(parts)
@@ -125,7 +140,8 @@ def _states(row: Published, shape: ModelShape, forward_only: bool) -> dict[str, 
         weights = 0.0
     if forward_only:
         return {"weights": weights, "outer": outer if stage == 3 else 0.0}
-    grads = NARROW * mine / (ranks if stage >= 2 else 1)
+    each = float(entry_for("methods", row.method).get("gradient", NARROW))
+    grads = each * mine / (ranks if stage >= 2 else 1)
     optimizer = float(source_of(row)["optimizer"]) * mine / (ranks if stage >= 1 else 1)
     offloaded = row.split.get("opt_offload", 0.0) > 0
     if offloaded and ranks == 1:
@@ -146,7 +162,7 @@ def host_bytes_kept(row: Published, seq_len: float) -> float:
     offloaded = row.split.get("act_offload", float(checkpointing_of(row)["offload"]))
     tokens = batch_of(row) * seq_len / (row.cp * row.tp)
     kept = offloaded * NARROW * tokens * shape.dim * shape.layers / row.pp
-    states = row.split.get("opt_offload", 0.0) * 4 * WIDE * shape.parameters / row.gpus
+    states = row.split.get("opt_offload", 0.0) * HOST_STATES * shape.parameters / row.gpus
     return kept + states
 
 
@@ -159,7 +175,10 @@ def limit_bytes(row: Published, figures: Figures) -> float:
 def longest_length(row: Published, figures: Figures, factor: float) -> float:
     """Longest sequence whose peak fits, to one part in a thousand."""
     limit = limit_bytes(row, figures)
+    # Of a node that is not full, each GPU has a larger share.
+    per_node = row.per_node or 8
     host = HOST_SHARE * GIB * load_cluster(base_name(row.hardware)).host_gib
+    host *= per_node / min(per_node, row.gpus)
     low, high = 1, 1 << 32
     while high > low * 1.001 + 1:
         middle = (low + high) // 2

@@ -19,6 +19,8 @@ BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes"
 UNSPLIT, LONG = 16384, 65536
 """Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of
 80 GiB GPUs is enough, where a table does not say."""
+MOST = 1e12
+"""Counts above are slips of the pen."""
 _OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
 _RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
 
@@ -165,11 +167,14 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
             vocab_size=_int(entry.get("vocab"), known["vocab"]),
             tied=False,
         )
-    seq_len = _int(entry.get("seq_len"), 0)
+    seq_len = _corrected(note) or _int(entry.get("seq_len"), 0)
     kind, directions = kind_of(metric, unit, alone)
     if re.search(r"^(oom|fail|out of memory)", entry.get("value", "").lower()):
         kind, directions = "verdict", ()  # in the place of a figure
     value = _value(entry.get("value", ""), unit, kind)
+    if kind == "memory" and value is not None and unit.lower() == "gb":
+        system = entry_for("sources", f"{entry.get('source', '')} | {method}")
+        value *= float(system.get("gb", 1e9)) / 1e9
     if kind == "length" and not seq_len:
         seq_len = int(value or 0)
     return Published(
@@ -213,6 +218,12 @@ def _directions(metric: str) -> tuple[str, ...]:
     return both[:1] if re.search(r"fwd|forward", metric) else both
 
 
+def _corrected(note: str) -> int | None:
+    """The length that a note gives in place of a cell that it calls wrong."""
+    found = re.search(r"equals the (\d+)k .*label is probably wrong", note.lower())
+    return int(found.group(1)) << 10 if found else None
+
+
 @lru_cache(maxsize=256)
 def memory_named(hardware: str) -> float:
     """GiB of a GPU of that name."""
@@ -220,13 +231,15 @@ def memory_named(hardware: str) -> float:
 
 
 def _int(text: Any, default: int) -> int:
-    """A whole number, also with K or M for powers of 1,024; the default where there is none."""
+    """A count, also with K or M for powers of 1,024; the default where a cell holds none that
+    could be meant."""
     plain = str(text).replace(",", "").strip().lower()
     factor = {"k": 2**10, "m": 2**20}.get(plain[-1:], 1)
     try:
-        return int(float(plain.rstrip("km")) * factor) or default
-    except (ValueError, OverflowError):
+        number = float(plain.rstrip("km")) * factor
+    except ValueError:
         return int(default)
+    return int(number) if 1 <= number <= MOST else int(default)
 
 
 def _value(text: str, unit: str, kind: str) -> float | None:

@@ -1,7 +1,7 @@
 """Seconds of a published training step or prefill, part by part."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringattn.benchmarks.simulator.attention import Attention, Prices, attention_of, exact_area
 from ringattn.benchmarks.simulator.figures import generation
@@ -67,6 +67,11 @@ def batch_of(row: Published) -> float:
     return row.split.get("batch", 1.0)
 
 
+def accumulated(row: Published) -> float:
+    """Micro-batches of a step: as stated, else as its source usually has."""
+    return row.split.get("accumulate", float(source_of(row).get("accumulate", 1.0)))
+
+
 def stage_of(row: Published) -> int:
     """ZeRO stage: as stated, else the method's, else 3."""
     entry = entry_for("methods", row.method)
@@ -83,13 +88,15 @@ def step_parts(row: Published, prices: Prices) -> StepParts:
     if row.seq_len < 1:
         raise UserError("seq_len", "is missing", "state the length")
     call = attention_of(row)
+    if source_of(row).get("pairs") == "all":
+        call = replace(call, mask="full")
     whole = prices.cluster(row, row.per_node or 8)
     figures, forward_only = prices.figures, is_forward_only(row)
     check = checkpointing_of(row)
     again = 0.0 if forward_only else float(check["again"])
     repeated = 0.0 if forward_only else float(check["attention_again"])
     passes = 1.0 if forward_only else 3.0
-    layers, runs = shape.layers / row.pp, row.split.get("accumulate", 1.0)
+    layers, runs = shape.layers / row.pp, accumulated(row)
     tokens = batch_of(row) * row.seq_len / row.cp
     # Products: of the layers, and of the head.
     share = figures.step(f"gemm_share@{generation(base_name(row.hardware))}")
@@ -130,9 +137,9 @@ def step_parts(row: Published, prices: Prices) -> StepParts:
     computing = sum(seconds.values())
     exchange = exchange_seconds(row, shape, whole, figures.step("exchange_share"), runs)
     exchange += host_bytes(row, shape, tokens) / (1e9 * figures.step("host_gbs"))
-    power = 1.0 + figures.step("overlap")
-    joined = (computing**power + exchange**power) ** (1 / power)
-    seconds["exchange"] = joined - computing
+    # What is longer, and the part of what is shorter that nothing hides.
+    shown = figures.step("exposed") * min(computing, exchange)
+    seconds["exchange"] = max(computing, exchange) + shown - computing
     if not forward_only:
         ranks = row.gpus if stage_of(row) else 1
         mine = shape.parameters / (row.tp * row.pp) / max(1, ranks // (row.tp * row.pp))
@@ -153,9 +160,10 @@ def attention_seconds(row: Published, prices: Prices, call: Attention) -> tuple[
     """Forward and backward of one layer's attention for one sequence."""
     forward = prices.seconds(row, call, ("forward",))[0]
     backward = 0.0 if is_forward_only(row) else prices.seconds(row, call, ("backward",))[0]
-    if "ring-2021" in row.method:  # keeps and reads the scores of a block
-        scores = NARROW * 2 * 6 * call.heads[0] * call.seq_len**2 / call.world
-        forward += scores / (1e9 * prices.cluster(row, 8).memory_gbs)
+    passes = float(entry_for("methods", row.method).get("passes", 0.0))
+    if passes:  # over the scores of every block, which are stored
+        scores = NARROW * call.heads[0] * call.seq_len**2 / call.world
+        forward += passes * scores / (1e9 * prices.cluster(row, 8).memory_gbs)
     return forward, backward
 
 

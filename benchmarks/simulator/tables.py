@@ -66,6 +66,7 @@ def hardware(text: str, base: Cluster, node: int) -> Cluster:
         memory_gbs=float(entry.get("memory_gbs", base.memory_gbs)),
         intra=replace(base.intra, gbs=float(entry.get("intra_gbs", base.intra.gbs))),
         inter=replace(base.inter, gbs=float(entry.get("inter_gbs", base.inter.gbs))),
+        overlap_tax=float(entry.get("overlap_tax", base.overlap_tax)),
         kernels=kernels,
     )
 

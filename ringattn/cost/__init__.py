@@ -1,6 +1,6 @@
 """The cost model: what a plan costs on a cluster, predicted from the plan alone."""
 
-from ringattn.cost.cluster import Cluster, Curve, Kernel, Link
+from ringattn.cost.cluster import Cluster, Curve, Kernel, Link, OnCores
 from ringattn.cost.cluster_load import cluster_names, dump_cluster, load_cluster, parse_cluster
 from ringattn.cost.memory import peak_bytes
 from ringattn.cost.price import price, price_pair, price_survey
@@ -12,6 +12,7 @@ __all__ = [
     "Curve",
     "Kernel",
     "Link",
+    "OnCores",
     "Priced",
     "Survey",
     "cluster_names",

@@ -26,6 +26,12 @@ class Curve:
         tile_us: cost of a tile in a launch. launch_us: cost of a launch.
         tail: share of the longest block's time that a launch ends with, while other cores idle.
         result_bytes: memory traffic per element of a result when a launch adds to an existing one.
+        cut: name of a kernel that cuts tiles into calls of an operator, which are then counted as
+            it makes them (`ringattn.cost.cut_load`); "" counts blocks. With it pairs, rows and keys
+            are those of calls, `tile_us` is the cost of a call, and blocks and tail mean nothing.
+        mask_ns: of an element of a mask that a call is given; with `cut`.
+        matrix_tflops, matrix_us: rate of block matrices' products, 0 for `tflops`, and the cost of
+            a product; with `cut`.
     """
 
     tflops: float
@@ -37,6 +43,10 @@ class Curve:
     launch_us: float = 0.0
     tail: float = 0.0
     result_bytes: float = 0.0
+    cut: str = ""
+    mask_ns: float = 0.0
+    matrix_tflops: float = 0.0
+    matrix_us: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,35 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnCores:
+    """What ranks pay that compute, copy and send with the CPU cores of their node.
+
+    All times are CPU time of one core. What runs at once shares the cores evenly: a rank's own
+    thread, and one more per rank that carries its messages.
+
+    Attributes:
+        cores: of a node, for all of its ranks.
+        run_us, run_gbs: of beginning a direction, and of the accumulators that it makes.
+        step_us: of a step. message_us: of posting a message and waiting for it, at either end.
+        part_us: of a run of rows and heads that is copied or added.
+        copy_gbs: payload bytes that are packed, or written where they land. add_gbs: payload bytes
+            that are added or merged where they land.
+        carry_gbs, carry_us: bytes of a message that either end carries, and of a message.
+    """
+
+    cores: int
+    run_us: float = 0.0
+    run_gbs: float = 10.0
+    step_us: float = 0.0
+    message_us: float = 0.0
+    part_us: float = 0.0
+    copy_gbs: float = 5.0
+    add_gbs: float = 3.0
+    carry_gbs: float = 2.0
+    carry_us: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """A cluster of equal nodes.
 
@@ -82,6 +121,8 @@ class Cluster:
         overlap_tax: share of a kernel's speed that transfers beside it take away.
         jitter: relative standard deviation of a rank's kernel time.
         kernel: name of the kernel that plans are priced with. kernels: all that are known.
+        on_cores: of ranks that share CPU cores; None for ranks with devices of their own. With it,
+            messages inside a node cost what carrying them costs, and `intra` its latency alone.
     """
 
     name: str
@@ -102,6 +143,7 @@ class Cluster:
     jitter: float = 0.0
     kernel: str
     kernels: Mapping[str, Kernel]
+    on_cores: OnCores | None = None
 
     def __post_init__(self) -> None:
         if self.kernel not in self.kernels:
@@ -113,6 +155,8 @@ class Cluster:
         parts = [("", self), ("intra.", self.intra), ("inter.", self.inter)]
         for name, kernel in self.kernels.items():
             parts += [(f"{name}.{d}.", kernel.curve(d)) for d in ("forward", "backward")]
+        if self.on_cores is not None:
+            parts.append(("on_cores.", self.on_cores))
         for prefix, part in parts:
             _check(f"cluster {self.name}: {prefix}", part)
 
@@ -128,7 +172,7 @@ class Cluster:
 _POSITIVE = {
     "gbs", "tflops", "peak_tflops", "memory_gib", "memory_gbs", "cores", "ranks_per_node",
     "nics_per_node", "block_rows", "block_keys", "gemm_share", "host_gbs", "host_gib",
-    "host_memory_gbs",
+    "host_memory_gbs", "run_gbs", "copy_gbs", "add_gbs", "carry_gbs",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ keys and wrong types are refused.
 
 import dataclasses
 import os
+import types
 import typing
 from collections.abc import Mapping
 from importlib import resources
@@ -89,6 +90,8 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) is types.UnionType:  # a part that may be left out
+        return _convert(typing.get_args(hint)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)  # type: ignore[arg-type]
     if typing.get_origin(hint) is Mapping:
@@ -105,6 +108,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def dump_cluster(cluster: Cluster) -> str:
     """The cluster as YAML text; `parse_cluster` of it gives an equal cluster."""
-    return yaml.safe_dump(
-        dataclasses.asdict(cluster), sort_keys=False, width=100, default_flow_style=None
-    )
+    values = {k: v for k, v in dataclasses.asdict(cluster).items() if v is not None}
+    return yaml.safe_dump(values, sort_keys=False, width=100, default_flow_style=None)

@@ -29,6 +29,8 @@ class Load:
         tiles, launches: how many.
         longest: FLOPs of the longest block of each launch.
         merged: elements of results that a launch adds to existing ones.
+        masks: elements of masks. matrix: FLOPs of the pairs in block matrices, over all heads.
+        products: of block matrices. These three are counted with `Curve.cut` only.
     """
 
     pairs: np.ndarray
@@ -38,6 +40,9 @@ class Load:
     launches: np.ndarray
     longest: np.ndarray
     merged: np.ndarray
+    masks: np.ndarray
+    matrix: np.ndarray
+    products: np.ndarray
 
 
 def pair_flops(shapes: Shapes, direction: Direction) -> float:
@@ -57,7 +62,12 @@ def step_seconds(load: Load, curve: Curve, cluster: Cluster) -> np.ndarray:
     flops = flops + curve.tail * cluster.cores * load.longest
     fixed = 1e-6 * (curve.tile_us * load.tiles + curve.launch_us * load.launches)
     merges = curve.result_bytes * load.merged / (1e9 * cluster.memory_gbs)
-    return flops / (1e12 * curve.tflops) + fixed + merges
+    seconds = flops / (1e12 * curve.tflops) + fixed + merges
+    if curve.cut:
+        seconds = seconds + 1e-9 * curve.mask_ns * load.masks
+        seconds = seconds + load.matrix / (1e12 * (curve.matrix_tflops or curve.tflops))
+        seconds = seconds + 1e-6 * curve.matrix_us * load.products
+    return seconds
 
 
 def least_backward(forward: Schedule, backward: Curve) -> float:
@@ -65,10 +75,13 @@ def least_backward(forward: Schedule, backward: Curve) -> float:
     the same tiles, without what launches cost."""
     tasks, curve = forward.tasks, backward
     bands = bands_of(tasks)
-    computed = computed_pairs(tasks, forward.matrices, curve.block_rows, curve.block_keys)
-    pairs = computed.astype(np.float64)
-    pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
-    pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
+    if curve.cut:  # calls hold at least the allowed pairs
+        pairs = tasks["area"].astype(np.float64)
+    else:
+        computed = computed_pairs(tasks, forward.matrices, curve.block_rows, curve.block_keys)
+        pairs = computed.astype(np.float64)
+        pairs += curve.row_pairs * _up(_span(bands, "q"), curve.block_rows)
+        pairs += curve.key_pairs * _up(_span(bands, "k"), curve.block_keys)
     pairs *= (tasks["h1"] - tasks["h0"]) * pair_flops(forward.shapes, "backward")
     return float(np.bincount(tasks["rank"], pairs).max(initial=0.0)) / (1e12 * curve.tflops)
 
@@ -117,7 +130,7 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
     bands = bands_of(tasks)
     heads = (tasks["h1"] - tasks["h0"]) * flops_per_pair(schedule)
     flat = tasks["step"] * schedule.world + tasks["rank"]
-    order, first = _launches(tasks, flat)
+    order, first = launches_of(tasks, flat)
     where = flat[order[first]]
 
     def table(index: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -132,7 +145,8 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
         tiles=table(flat, None),
         launches=table(where, None),
         longest=table(where, np.maximum.reduceat(longest[order], first)),
-        merged=table(where, _merged(schedule, tasks[order], first)),
+        merged=table(where, merged_elements(schedule, tasks[order], first)),
+        **{name: np.zeros(shape) for name in ("masks", "matrix", "products")},
     )
 
 
@@ -144,7 +158,7 @@ def _up(count: np.ndarray, block: int) -> np.ndarray:
     return ceil_div(count, block) * block
 
 
-def _launches(tasks: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def launches_of(tasks: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tasks ordered by launch, and each launch's first: one launch per tuple of operand slots."""
     key = flat
     for name in ("qslot", "kslot", "oslot", "gslot"):
@@ -165,7 +179,7 @@ def _longest_block(schedule: Schedule, block: int) -> np.ndarray:
     return np.where(tasks["matrix"] < 0, longest, longest * np.minimum(share, 1))
 
 
-def _merged(schedule: Schedule, tasks: np.ndarray, first: np.ndarray) -> np.ndarray:
+def merged_elements(schedule: Schedule, tasks: np.ndarray, first: np.ndarray) -> np.ndarray:
     """Elements that each launch adds to results of earlier launches; tasks ordered by launch.
 
     Heads that launches do not share are counted apart.

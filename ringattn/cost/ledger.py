@@ -35,13 +35,15 @@ class Ledger:
     moment: str = ""
     peaks: dict[str, Peak] = field(default_factory=dict)
     _total: float = 0.0
+    _largest: dict[str, float] = field(default_factory=dict)
 
     def add(self, kind: str, nbytes: float) -> None:
         """Allocates bytes of a kind."""
         self.live[kind] = self.live.get(kind, 0.0) + nbytes
         self._total += nbytes
-        known = self.peaks.get(self.moment)
-        if known is None or self._total > known.nbytes:
+        known = self._largest.get(self.moment)
+        if known is None or self._total > known:
+            self._largest[self.moment] = self._total
             self.peaks[self.moment] = Peak(
                 moment=self.moment, parts={k: n for k, n in self.live.items() if n}
             )

@@ -11,9 +11,11 @@ import math
 import numpy as np
 
 from ringattn.cost.cluster import Cluster, Curve
+from ringattn.cost.host_work import host_seconds
 from ringattn.cost.kernel_time import step_seconds
 from ringattn.cost.messages import message_seconds
 from ringattn.cost.priced import Priced
+from ringattn.cost.shared_cores import play
 from ringattn.cost.survey import Survey, survey
 from ringattn.schedule import Lane, Schedule
 
@@ -26,7 +28,14 @@ def price(schedule: Schedule, cluster: Cluster, kernel: str | None = None) -> Pr
         cluster: what it runs on. kernel: one of `cluster.kernels`; default `cluster.kernel`.
     """
     curve = cluster.kernel_named(kernel).curve(schedule.direction)
-    return price_survey(survey(schedule, curve.block_rows, curve.block_keys), cluster, curve)
+    counts = survey(
+        schedule,
+        curve.block_rows,
+        curve.block_keys,
+        cut=curve.cut,
+        host=cluster.on_cores is not None,
+    )
+    return price_survey(counts, cluster, curve)
 
 
 def price_pair(
@@ -40,9 +49,15 @@ def price_pair(
 def price_survey(counts: Survey, cluster: Cluster, curve: Curve) -> Priced:
     """Predicts a schedule that is surveyed already, for a kernel's curve of its direction."""
     work = step_seconds(counts.load, curve, cluster) * straggling(cluster, counts.world)
-    memory = 1e9 * cluster.memory_gbs
-    pack, unpack = counts.pack / memory, counts.unpack / memory
-    begin, end, finish, sent, done = _run(counts, cluster, work, pack, unpack)
+    carrying = None
+    if cluster.on_cores is not None and counts.host is not None:
+        pack, unpack = host_seconds(counts.host, cluster.on_cores)
+        played = play(counts, cluster, cluster.on_cores, work, pack, unpack)
+        (begin, end, finish, sent, done), carrying = played.times, played.carrying
+    else:
+        memory = 1e9 * cluster.memory_gbs
+        pack, unpack = counts.pack / memory, counts.unpack / memory
+        begin, end, finish, sent, done = _run(counts, cluster, work, pack, unpack)
     messages = counts.messages
     return Priced(
         direction=counts.direction,
@@ -61,6 +76,7 @@ def price_survey(counts: Survey, cluster: Cluster, curve: Curve) -> Priced:
         received=counts.received,
         area=counts.area,
         flops=counts.flops,
+        carrying=carrying,
     )
 
 

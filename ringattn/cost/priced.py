@@ -21,6 +21,7 @@ class Priced:
         src, dst, lane, nbytes, sent, done: messages, one entry each: who, over which lane, how
             many bytes, first and last second on the wire.
         received: bytes that each rank receives, int64 (lanes, P).
+        carrying: CPU seconds of each rank for its messages, (P,), where ranks share CPU cores.
         area: mask area over all tasks. flops: exact FLOPs of all ranks, masked pairs not counted.
     """
 
@@ -40,6 +41,7 @@ class Priced:
     received: np.ndarray
     area: int
     flops: float
+    carrying: np.ndarray | None = None
 
     @property
     def exposed(self) -> np.ndarray:

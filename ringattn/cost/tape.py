@@ -8,6 +8,7 @@ what a backward needs goes once that backward has run.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ringattn.cost.ledger import Ledger
 
@@ -103,11 +104,11 @@ class Tape:
         """Bytes of what the tape makes."""
         return sum(self._tensors[name].nbytes for name in self._outputs)
 
-    @property
-    def _outputs(self) -> set[str]:
+    @cached_property
+    def _outputs(self) -> frozenset[str]:
         """Tensors that no operation takes."""
         taken = {name for op in self.ops for name in op.takes}
-        return {made.name for op in self.ops for made in op.makes} - taken
+        return frozenset(made.name for op in self.ops for made in op.makes) - taken
 
     @property
     def weight_gradients(self) -> float:
@@ -119,7 +120,7 @@ class Tape:
         """Bytes that a forward leaves to a recomputation."""
         return sum(op.retains for op in self.ops)
 
-    @property
+    @cached_property
     def _tensors(self) -> dict[str, Made]:
         return {m.name: m for m in (*self.given, *(m for op in self.ops for m in op.makes))}
 
@@ -140,8 +141,7 @@ class Tape:
         for op in self.ops:
             uses.update(op.takes + op.holds)
             played.readers.update(set(op.keeps) if grad else ())
-        stays = self._outputs
-        stays |= set() if own_input else {made.name for made in self.given}
+        stays = self._outputs | ({made.name for made in self.given} if not own_input else set())
         last = max((i for i, op in enumerate(self.ops) if op.keeps or op.saves), default=0)
         there = {made.name for made in self.given}
         for index, op in enumerate(self.ops):

@@ -1,6 +1,7 @@
 """The comparison with peers at a tiny size on real ranks: results, bytes, and what it refuses."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.timeout(300)  # processes start one by one on a busy ma
 SEQ_LEN, WORLD = 256, 2
 SHAPE = Shape(q_heads=4, kv_heads=2, head_dim=16)
 PEERS = (OURS, *contenders(), YARDSTICK, *variants())
+RUN_ON_CPU = {p.name for p in (OURS, *contenders()[:3], YARDSTICK, *variants())}
 NO_DEEPSPEED = DeepSpeedUlysses().refusal(mask_case("causal", SEQ_LEN), SHAPE, WORLD)
 
 
@@ -84,6 +86,9 @@ def test_every_contender_agrees_with_the_reference(mask: str, pools: Pools) -> N
         elif name == "deepspeed_ulysses" and NO_DEEPSPEED:
             assert outcome.status == "refused"
             assert "pip install" in outcome.reason
+        elif name not in RUN_ON_CPU:
+            assert (outcome.status, outcome.cpu_s) == ("refused", []), f"{name}: {outcome.reason}"
+            assert outcome.reason
         else:
             assert outcome.status == "ok", f"{name}: {outcome.reason}"
             assert outcome.errors.keys() == {"out", "dq", "dk", "dv"}
@@ -117,13 +122,12 @@ def test_a_wrong_peer_is_reported_and_not_timed(pools: Pools, tmp_path: Path) ->
     found = outcomes("documents", (OURS, WrongRing()), pools)
     wrong = found["wrong_ring"]
     assert (wrong.status, wrong.cpu_s) == ("error", [])
-    assert "dk 7" in wrong.reason or "dk 6" in wrong.reason or "dk 8" in wrong.reason
-    assert "dv" not in wrong.reason
+    assert re.fullmatch(r"wrong dk: relative error [678]\.\de-04; not timed", wrong.reason)
     recorder = Recorder(tmp_path / "r.jsonl")
     record(recorder, mask_case("documents", SEQ_LEN), WORLD, SHAPE, list(found.values()))
     ours, other = read_records(recorder.path)
     assert (ours.status, other.status, other.value) == ("ok", "error", None)
-    assert "wrong result" in other.reason
+    assert other.reason == wrong.reason
 
 
 def test_others_are_timed_when_a_peer_kills_its_ranks(pools: Pools) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.hosts.namespaces import ip
 from tests.hosts.network import Network, open_network
 from tests.launch.training import REPOSITORY
 
@@ -68,6 +69,30 @@ def test_hosts_that_do_not_are_named() -> None:
         assert "(host0, dead0, 10.78.0.1)" in line
         assert "(host1, dead0, 10.78.0.2)" in line
         assert "no answer within 3 s" in line
+
+
+def _add_ipv6(network: Network, *, joined: bool) -> None:
+    """Gives every host an interface six0 with an IPv6 address alone, on the switch or on none."""
+    for host in network.hosts:
+        port = f"six{host.index}"
+        peer = ("peer", "name", "six0", "netns", host.namespace)
+        ip("-n", host.switch, "link", "add", port, "type", "veth", *peer)
+        ip("-n", host.switch, "link", "set", port, *(["master", "bridge"] if joined else []), "up")
+        ip("-n", host.namespace, "link", "set", "six0", "up")
+        address = f"fd77::{host.index + 1}/64"
+        ip("-n", host.namespace, "address", "add", address, "dev", "six0", "nodad")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_hosts_with_ipv6_alone(joined: bool) -> None:
+    with open_network(2) as network:
+        _add_ipv6(network, joined=joined)
+        told = check(network, 1, {"GLOO_SOCKET_IFNAME": "six0"})
+    if joined:
+        assert told == "reached"
+    else:
+        assert "(host0, six0, fd77::1)" in told
+        assert "(host1, six0, fd77::2)" in told
 
 
 def test_two_launchers_on_one_host_need_no_network() -> None:

@@ -27,7 +27,7 @@ from tests.launch.checkpoints import comparable, stored_tensors
 from tests.launch.training import command
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-STALL_S = 120.0  # longest wait for the next kill's moment, or for the end
+STALL_S = 120.0  # longest wait without a step for the next kill's moment, or for the end
 POLL_S = 0.001
 _STEP = re.compile(r"step (\d+)/")
 
@@ -206,7 +206,7 @@ class Chaos:
 
     def _until(self, reached: Callable[[], bool], what: str, *, ends: bool = False) -> None:
         """Waits; fails when the run ends before (unless it may) or nothing happens for long."""
-        deadline, looked = time.monotonic() + STALL_S, time.monotonic()
+        deadline, looked, seen = time.monotonic() + STALL_S, time.monotonic(), self._step()
         while not reached():
             over = self.process.poll() is not None and not ends
             if over or time.monotonic() > deadline:
@@ -215,6 +215,8 @@ class Chaos:
             if time.monotonic() - looked > 0.05:
                 self.found.note_complete()
                 looked = time.monotonic()
+                if (step := self._step()) != seen:  # a busy machine may take long for many steps
+                    deadline, seen = looked + STALL_S, step
             time.sleep(POLL_S)
 
     def _fail(self, what: str) -> str:

@@ -1,8 +1,10 @@
 """Damaged checkpoints are found out by name, never read, never a way to run code."""
 
+import json
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ringattn.errors import UserError
 from ringattn.launch.checkpoint import find_checkpoints, load_tensors, read_state
 from ringattn.launch.checkpoint_files import find_problems
 from ringattn.launch.evaluate_run import ContextRequest, evaluate_run
+from ringattn.launch.main import main
 from ringattn.launch.metrics import METRICS_FILE, read_lines
 from ringattn.launch.peers import ALONE
 from tests.launch.checkpoints import (
@@ -247,3 +250,83 @@ def test_nothing_sound_is_left(corpus: Path, tmp_path: Path) -> None:
         assert error is not None
         assert "no checkpoint can be used" in error
         assert "step-000002: file .metadata is missing" in error
+
+
+def test_a_pipe_in_place_of_the_state_is_not_waited_for(tmp_path: Path) -> None:
+    state = save(tmp_path, 4) / "state.json"
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(UserError, match=r"state\.json: is damaged.*it is no file"):
+        read_state(state.parent)
+
+
+@pytest.fixture(scope="module")
+def three_saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of the steps 1 to 3, which tests copy."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    values = tiny_values(corpus, folder, parallel__cp=1, train__steps=3)
+    train_pooled(values | {"checkpoint.every": 1, "checkpoint.keep": 0})
+    return folder
+
+
+@pytest.fixture
+def damaged_run(three_saved: Path, tmp_path: Path) -> Path:
+    """Its newest checkpoint has a flipped bit, the one before a cut description."""
+    run = shutil.copytree(three_saved, tmp_path / "damaged")
+    _, older, newest = find_checkpoints(run)
+    _flip(newest / "__0_0.distcp")
+    state = older / "state.json"
+    state.write_bytes(state.read_bytes()[:-30])
+    return run
+
+
+def _assert_both_are_named(err: str) -> None:
+    said = [line for line in err.splitlines() if line.startswith("ringattn: ")]
+    assert len(said) == 3, said
+    assert "step-000003: file __0_0.distcp is damaged" in said[0]
+    assert "step-000002/state.json: is damaged" in said[1]
+    assert "step-000001 is used instead" in said[2]
+
+
+def test_a_sample_is_of_the_newest_sound_one(
+    damaged_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(damaged_run), "--prompt", "the", "--tokens", "2"]) == 0
+    _assert_both_are_named(capfd.readouterr().err)
+
+
+def test_an_export_is_of_the_newest_sound_one(
+    damaged_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that was asked for by its step is not replaced by another."""
+    arguments = ["export", str(damaged_run), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--checkpoint", "3"]) == 2
+    assert "step-000003: file __0_0.distcp is damaged" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert "step-000001" in out
+    _assert_both_are_named(err)
+    _flip(damaged_run / "checkpoints" / "step-000001" / ".metadata")
+    assert main(["export", str(damaged_run), "--out", str(tmp_path / "none")]) == 2
+    assert "no checkpoint can be used" in capfd.readouterr().err
+
+
+def test_an_evaluation_is_of_the_newest_sound_one(
+    damaged_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = ContextRequest(
+        run=str(damaged_run), tests=("position",), lengths=(64,), samples=1, out=str(tmp_path / "o")
+    )
+    assert evaluate_run(request) == 0
+    _assert_both_are_named(capfd.readouterr().err)
+    assert json.loads((tmp_path / "o" / "context.json").read_text())["step"] == 1
+
+
+def test_weights_are_of_the_newest_sound_one(
+    damaged_run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    values = tiny_values(corpus, tmp_path / "run", parallel__cp=2, train__steps=1)
+    first, second = train_outcomes(values | {"checkpoint.weights": str(damaged_run)})
+    assert (first[0], second) == (None, (None, ""))
+    _assert_both_are_named(first[1])

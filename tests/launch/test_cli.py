@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ringattn.benchmarks.soak_processes import alive, ranks_of
+from ringattn.launch import failure, train
 from ringattn.launch.config_load import config_from_values, load_config
 from ringattn.launch.main import main
 from ringattn.launch.metrics import METRICS_FILE, read_lines
@@ -174,6 +175,50 @@ def test_bad_launcher_variables(
     config = write_config(tmp_path / "config.yaml", tiny_values(corpus, tmp_path / "run"))
     assert main(["train", str(config)]) == 2
     assert words in one_line(capfd.readouterr().err)
+
+
+def test_the_launcher_restarts_its_own_ranks(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """``--max-restarts`` behind torchrun would be ignored: it is refused, by the first rank."""
+    monkeypatch.setattr(failure, "REPORT_GRACE_S", 0.0)
+    monkeypatch.setattr(train, "REPORT_GRACE_S", 0.0)
+    config = write_config(tmp_path / "config.yaml", tiny_values(corpus, tmp_path / "run"))
+    lines = []
+    for rank in "01":
+        variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+        for key, value in (variables | {"TORCHELASTIC_RUN_ID": "x"}).items():
+            monkeypatch.setenv(key, value)
+        assert main(["train", str(config), "--max-restarts", "2"]) == 2
+        lines.append(capfd.readouterr().err)
+    assert "--max-restarts 2: restarts ranks that this command starts" in one_line(lines[0])
+    assert lines[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_several_processes_is_told_once(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(failure, "REPORT_GRACE_S", 0.0)
+    config = write_config(tmp_path / "config.yaml", tiny_values(corpus, tmp_path / "run"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command_line in (["train", str(config), "--launcher", "none"], ["doctor", "--ranks", "9"]):
+        said = []
+        for rank in "01":
+            for key in ("RANK", "LOCAL_RANK"):
+                monkeypatch.setenv(key, rank)
+            for key, value in (("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+                monkeypatch.setenv(key, value)
+            assert main(command_line) == 2
+            said.append(capfd.readouterr().err)
+        assert command_line[-2] in one_line(said[0])
+        assert said[1] == ""
 
 
 CHANGES = {

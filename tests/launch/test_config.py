@@ -9,6 +9,7 @@ from ringattn.errors import UserError
 from ringattn.launch.config import Config, TrainConfig
 from ringattn.launch.config_check import check_config
 from ringattn.launch.config_load import config_fields, config_from_values, dump_config, load_config
+from ringattn.launch.idle_settings import idle_settings
 from ringattn.launch.schedule import learning_rate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -134,6 +135,7 @@ BAD_VALUES = {
     "parallel.cp=0": "parallel.cp=0: must be at least 1",
     "parallel.dp=-2": "must be at least 1",
     "parallel.cp=9000": "must not exceed data.seq_len=8192",
+    "parallel.ranks_per_node=2": "must be at most the dp × cp = 1 × 1 ranks",
     "data.seq_len=1": "must be at least 2",
     "train.steps=0": "must be at least 1",
     "train.accumulate=0": "must be at least 1",
@@ -171,6 +173,33 @@ def test_a_rollback_needs_checkpoints(key: str) -> None:
     check_config(config_from_values(values | {"checkpoint.every": 10}))
     with pytest.raises(UserError, match=f"faults.{key}=rollback: needs checkpoints"):
         check_config(config_from_values(values))
+
+
+def test_an_elastic_job_may_be_smaller_than_a_node() -> None:
+    check_config(config_from_values({"parallel.ranks_per_node": 8, "parallel.elastic": True}))
+
+
+IDLE = {
+    "parallel.zero_stage=2": ("parallel.engine=fsdp", "parallel.engine=deepspeed"),
+    "parallel.reshard=false": ("parallel.engine=ddp", "parallel.engine=fsdp"),
+    "memory.recompute=0.5": ("memory.checkpointing=full", "memory.checkpointing=sequence"),
+    "attention.refine=3": ("attention.cluster=null", "attention.cluster=h100_sxm"),
+    "faults.spike_factor=3": ("faults.on_spike=ignore", "faults.on_spike=skip"),
+    "faults.spike_window=9": ("faults.on_spike=ignore", "faults.on_spike=stop"),
+    "faults.straggler_steps=9": ("faults.straggler_factor=0", "faults.straggler_factor=2"),
+    "checkpoint.keep_every=5": ("checkpoint.keep=0", "checkpoint.keep=1"),
+    "data.path=b": ("data.mixture={a: 1}", "data.mixture=null"),
+}
+
+
+@pytest.mark.parametrize("setting", IDLE)
+def test_a_setting_without_effect_is_told(setting: str, write: Any) -> None:
+    without, needed = IDLE[setting]
+    (line,) = idle_settings(load_config(write(""), [setting, without]))
+    assert line.startswith(f"{setting.split('=')[0]}=")
+    assert "has no effect without" in line
+    assert not idle_settings(load_config(write(""), [setting, needed]))
+    assert not idle_settings(load_config(write(""), [without]))
 
 
 def test_learning_rate_rises_and_falls() -> None:

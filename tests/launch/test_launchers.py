@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ringattn.errors import UserError
-from ringattn.launch import launchers
-from ringattn.launch.launchers import Launcher, discover_ranks
+from ringattn.launch import launchers, mpi
+from ringattn.launch.failure import ToldElsewhereError
+from ringattn.launch.launchers import Launcher, discover_ranks, discover_ranks_once
 from ringattn.launch.main import main
 from ringattn.launch.mpi import number_by_node
 from ringattn.launch.ranks import Joined, Ranks
@@ -109,13 +111,59 @@ def test_a_shell_of_an_allocation_is_alone(changes: dict[str, str | None]) -> No
 
 def test_no_variables_and_none() -> None:
     assert discover_ranks({}) is None
-    assert discover_ranks(TORCHRUN | SLURM | PMI, "none") is None
+    assert discover_ranks(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "none") is None
+    salloc = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"}
+    assert discover_ranks(salloc, "none") is None
+    assert discover_ranks(SLURM | {"SLURM_PTY_PORT": "3"}, "none") is None
+    assert discover_ranks({"WORLD_SIZE": "2"}, "none") is None
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, OPEN_MPI, PMI, SLURM, SLURM | PMI])
+def test_each_of_several_processes_starts_no_job_of_its_own(environ: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="a job of its own"):
+        discover_ranks(dict(environ), "none")
+
+
+def _tells(environ: dict[str, str], launcher: Launcher = "auto") -> bool:
+    """Whether a process with these variables is the one that tells of its mistake."""
+    try:
+        discover_ranks_once(dict(environ), launcher)
+    except UserError:
+        return True
+    except ToldElsewhereError:
+        return False
+    raise AssertionError("it made no mistake")
+
+
+@pytest.mark.usefixtures("no_mpi")
+def test_one_process_of_a_host_tells_of_a_mistake() -> None:
+    no_port = {key: value for key, value in TORCHRUN.items() if key != "MASTER_PORT"}
+    assert _tells(no_port | {"RANK": "0", "LOCAL_RANK": "0"})
+    assert _tells(no_port | {"RANK": "4", "LOCAL_RANK": "0"})  # of another host, which may differ
+    assert not _tells(no_port)
+    no_local = {key: value for key, value in no_port.items() if not key.startswith("LOCAL")}
+    assert not _tells(no_local)
+    assert [_tells({"PMI_RANK": rank, "PMI_SIZE": "2"}) for rank in "01"] == [True, False]
+    assert [_tells({"PMI_RANK": rank, "PMI_SIZE": "2"}, "none") for rank in "01"] == [True, False]
+    assert not _tells(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4,3"})
+    # What may be wrong with one process alone is told by it.
+    assert _tells(TORCHRUN | {"RANK": "9"})
+    assert _tells(TORCHRUN | {"LOCAL_RANK": "4"})
+    assert _tells(SLURM | {"SLURM_NODEID": "2"})
+
+
+def test_an_mpi_of_one_process_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun, ``--launcher mpi`` would make every process a job of its own."""
+    single = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1))
+    monkeypatch.setattr(mpi, "_load", lambda: single)
+    with pytest.raises(UserError, match="did not start this process"):
+        discover_ranks(dict(TORCHRUN), "mpi")
 
 
 def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     """RANK and WORLD_SIZE, then MPI, then the SLURM step."""
-    mpi = Ranks(rank=1, world=8, local_rank=1, local_world=8, launcher="mpi")
-    joined = Joined(mpi, master=("here", 5))
+    found = Ranks(rank=1, world=8, local_rank=1, local_world=8, launcher="mpi")
+    joined = Joined(found, master=("here", 5))
     monkeypatch.setattr(
         launchers, "join_mpi", lambda environ: joined if "PMI_RANK" in environ else None
     )

@@ -1,5 +1,6 @@
 """The watch over ranks: whatever one of them does, all end in time, with one report."""
 
+import json
 import os
 import re
 import signal
@@ -73,13 +74,14 @@ BODIES: dict[str, Callable[[Whereabouts], None]] = {
 }
 
 
-def _rank(rank: int, port: int, body: str, stderr: str, run_dir: str) -> None:
+def _rank(rank: int, port: int, body: str, stderr: str, run_dir: str, keeper: int | None) -> None:
     """One watched rank."""
     exit_with_parent()
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     where = Whereabouts(places=[Place()])
-    monitor = Monitor(Ranks(rank=rank, world=WORLD), store, TIMEOUT_S, where, Path(run_dir))
+    ranks = Ranks(rank=rank, world=WORLD)
+    monitor = Monitor(ranks, store, TIMEOUT_S, where, Path(run_dir), keeper)
 
     def watched() -> None:
         with monitor:
@@ -91,7 +93,7 @@ def _rank(rank: int, port: int, body: str, stderr: str, run_dir: str) -> None:
 class Watched:
     """Ranks under their monitors, one body each, and the store that they share."""
 
-    def __init__(self, folder: Path, *bodies: str) -> None:
+    def __init__(self, folder: Path, *bodies: str, keeper: int | None = None) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED])
         self._folder = folder
@@ -99,7 +101,8 @@ class Watched:
         port = self.store.port
         self.processes = [
             context.Process(
-                target=_rank, args=(rank, port, body, str(folder / str(rank)), str(folder))
+                target=_rank,
+                args=(rank, port, body, str(folder / str(rank)), str(folder), keeper),
             )
             for rank, body in enumerate(bodies)
         ]
@@ -181,6 +184,27 @@ def test_ranks_without_a_store_end_by_themselves(tmp_path: Path) -> None:
     assert ranks.codes([0, 1, 2]) == [1, 1, 1]
     for rank, report in enumerate(ranks.reports()):
         assert re.search(rf"^ringattn: rank {rank} .* step \d+, .*store has not", report, re.M)
+
+
+def test_a_rank_that_is_gone_with_the_store_is_named(tmp_path: Path) -> None:
+    """Under MPI and SLURM the store is rank 0's: nobody can be asked who is silent."""
+    ranks = Watched(tmp_path, "work", "work", "work", keeper=0)
+    keys = [f"ringattn/beat/{rank}" for rank in range(WORLD)]
+    ranks.store.wait(keys)
+
+    def counts() -> list[int]:
+        return [json.loads(text)["count"] for text in ranks.store.multi_get(keys)]
+
+    begun = counts()  # rank 0 has shown itself; two beats later a rank has seen it
+    while any(now < before + 2 for now, before in zip(counts(), begun, strict=True)):
+        time.sleep(0.01)
+    ranks.store = None  # ends the server
+    assert ranks.codes([0, 1, 2]) == [1, 1, 1]
+    named = [
+        bool(re.search(r"^ringattn: rank 0 on .* at .* did not answer", report, re.M))
+        for report in ranks.reports()
+    ]
+    assert named == [False, True, True]
 
 
 def test_ranks_that_finish_in_order_are_no_failure(tmp_path: Path) -> None:
