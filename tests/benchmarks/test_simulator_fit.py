@@ -154,8 +154,11 @@ def test_what_a_source_shares_is_found_on_masks_that_it_left_out(tmp_path):
     unseen = validate_simulator.held_out(rows, [row.source for row in rows])
     for one, blind, part in zip(seen, unseen, parts, strict=True):
         if part == "out":
-            assert abs(one.error or 1) < 0.06
-            assert (blind.error or 1) < -0.1
+            # 20 % is many prior deviations: two masks show more than half of it, not all.
+            assert one.error is not None
+            assert blind.error is not None
+            assert blind.error < -0.1
+            assert abs(one.error) < abs(blind.error) / 2
 
 
 def test_predictions_of_held_out_rows_do_not_know_their_values(tmp_path):
