@@ -107,12 +107,14 @@ def resolved(request: Request) -> Settings:
             settings,
             kernels=replace(settings.kernels, masks=request.masks),
             scaling=replace(settings.scaling, masks=request.masks),
+            simulated=replace(settings.simulated, masks=request.masks),
         )
     if request.methods is not None:
         settings = replace(
             settings,
             methods=replace(settings.methods, methods=request.methods),
             scaling=replace(settings.scaling, methods=request.methods),
+            simulated=replace(settings.simulated, methods=request.methods),
         )
     return checked(settings)
 

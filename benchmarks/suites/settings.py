@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ringattn.benchmarks.suites.document_lengths import read_lengths
 from ringattn.benchmarks.suites.mask_cases import LEAST, expanded
+from ringattn.benchmarks.suites.simulated_settings import SimulatedSettings
 from ringattn.benchmarks.suites.train_settings import TrainSettings
 from ringattn.errors import UserError
 from ringattn.kernels.select import kernel_names
@@ -139,6 +140,7 @@ class Settings:
     masks: MaskSettings = field(default_factory=MaskSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
+    simulated: SimulatedSettings = field(default_factory=SimulatedSettings)
     overrides: tuple[str, ...] = ()
     simulate: bool = False
 
@@ -240,11 +242,15 @@ def checked(settings: Settings) -> Settings:
         raise UserError(
             f"common.most={common.most}", f"is less than common.least={common.least}", "raise it"
         )
-    for masks in (common.masks, settings.kernels.masks or (), settings.scaling.masks):
+    simulated = settings.simulated
+    simulated.counts()
+    for masks in (
+        common.masks, settings.kernels.masks or (), settings.scaling.masks, simulated.masks
+    ):  # fmt: skip
         expanded(masks)
-    for lengths in common.lengths:
+    for lengths in (*common.lengths, simulated.lengths):
         read_lengths(lengths)
-    for methods in (settings.methods.methods, settings.scaling.methods):
+    for methods in (settings.methods.methods, settings.scaling.methods, simulated.methods):
         method_names(methods)
     for kernel in settings.kernels.kernels:
         if kernel not in ("all", *kernel_names()):
