@@ -152,7 +152,7 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
     heads_kv = _int(entry.get("heads_kv"), min(heads_q, known["heads_kv"]))
     width = _int(entry.get("hidden"), 0)
     head_dim = _int(
-        entry.get("head_dim"), known.get("head_dim", (width or 128 * heads_q) // heads_q)
+        entry.get("head_dim"), known.get("head_dim", max(1, (width or 128 * heads_q) // heads_q))
     )
     alone = "attention" in model.lower() or (not model and not width)
     shape = None

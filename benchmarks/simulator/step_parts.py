@@ -64,12 +64,12 @@ def is_forward_only(row: Published) -> bool:
 
 def batch_of(row: Published) -> float:
     """Sequences of one micro-batch of a rank group, as notes state them; else one."""
-    return row.split.get("batch", 1.0)
+    return max(1.0, row.split.get("batch", 1.0))
 
 
 def accumulated(row: Published) -> float:
     """Micro-batches of a step: as stated, else as its source usually has."""
-    return row.split.get("accumulate", float(source_of(row).get("accumulate", 1.0)))
+    return max(1.0, row.split.get("accumulate", float(source_of(row).get("accumulate", 1.0))))
 
 
 def stage_of(row: Published) -> int:
