@@ -9,7 +9,6 @@ replicas: they attend to other sequences of the same mask, so that one group's p
 and only the engine's collectives and the optimizer see the whole cluster.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,8 +18,8 @@ import torch
 
 import ringattn as ra
 from ringattn.benchmarks.simulator.mask_names import masks_named
-from ringattn.benchmarks.simulator.tables import base_name, entry_for
-from ringattn.cost import Cluster, Survey, cluster_names, load_cluster, price_survey, survey
+from ringattn.benchmarks.simulator.tables import entry_for
+from ringattn.cost import Cluster, Survey, load_cluster, price_survey, survey
 from ringattn.cost.attention_memory import attention_bytes
 from ringattn.cost.price import straggling
 from ringattn.cost.step_memory import StepMemory, step_memory
@@ -115,7 +114,7 @@ def simulate_step(
         seq_len: tokens of one sequence. mask: over it, by name or as an object.
         method: a plan generator, or "auto". engine, checkpointing: as in a configuration.
         gpus: all ranks. cp: those that share a sequence; default all, at most 64.
-        cluster: a name, a GPU's name, or a description.
+        cluster: a shipped name, a file, or a description.
         micro_batches: sequences of each group per optimizer step.
         settings: further fields of `StepSettings`, e.g. {"token_tile": 4096}.
 
@@ -145,7 +144,7 @@ def shape_named(model: str | ModelShape) -> ModelShape:
         return model
     known = entry_for("models", model)
     if not known["match"]:
-        raise UserError(f"model={model!r}", "is unknown", "give a ModelShape, or name its size")
+        raise UserError(f"model={model!r}", "is unknown", "name it with its size, as llama3-8b")
     width = known["hidden"]
     return ModelShape(
         layers=known["layers"], dim=width, heads=known["heads_q"], kv_heads=known["heads_kv"],
@@ -155,12 +154,8 @@ def shape_named(model: str | ModelShape) -> ModelShape:
 
 
 def cluster_named(cluster: str | Cluster) -> Cluster:
-    """A cluster by its own name or path, else by a GPU's."""
-    if isinstance(cluster, Cluster):
-        return cluster
-    if cluster in cluster_names() or re.search(r"[/.]", cluster):
-        return load_cluster(cluster)
-    return load_cluster(base_name(cluster))
+    """A cluster by its name or path. Raises UserError for one that is neither."""
+    return cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
 
 
 def planned(

@@ -29,6 +29,11 @@ def findings(cells: Sequence[Cell]) -> Html:
     lines += _scaled([cell for cell in cells if cell.suite == "scaling" and cell.ok])
     lines += _errors(cells)
     lines = [line for line in lines if line]
+    if lines and any("--settings smoke" in cell.text("command") for cell in cells):
+        lines.append(
+            "Among these are smoke runs: single and short, they show that everything runs and is "
+            "right. Their speeds are no figures to quote."
+        )
     head = element("h2", "What it says", id="findings")
     return joined(head, bullets(lines)) if lines else Html()
 

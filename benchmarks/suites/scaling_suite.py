@@ -33,7 +33,6 @@ def run(settings: Settings, recorder: Recorder, show: Progress) -> None:
         "head_dim": shape.head_dim, "dtype": "bfloat16", "batch": 1, "direction": "both",
         "engine": "fsdp", "checkpointing": "full", "device": "cuda", "simulated": True,
         "ranks_per_node": cluster.ranks_per_node, "lengths": own.lengths, "pack": 0,
-        "command": settings.command("scaling"),
     }  # fmt: skip
     wanted = [(mask, method) for mask in expanded(own.masks) for method in _methods(own.methods)]
     show.expect(len(wanted))
@@ -46,7 +45,8 @@ def run(settings: Settings, recorder: Recorder, show: Progress) -> None:
                 load=Load(own.weak, own.strong_seq_len, own.strong_sequences),
                 make=_maker(own.lengths, shape.heads),
             ):  # fmt: skip
-                _record(recorder, prefix, cell, common)
+                command = settings.command("scaling", f"--masks {mask}", f"--methods {method}")
+                _record(recorder, prefix, cell, common | {"command": command})
         show.advance()
 
 

@@ -146,8 +146,8 @@ class Settings:
 
     def command(self, suite: str, *more: str) -> str:
         """The command that measures a part of these settings again."""
-        words = ["ringattn bench", suite, f"--settings {self.name}", *more, *self.overrides]
-        return " ".join(words) + (" --simulate" if self.simulate else "")
+        words = ["ringattn bench", suite, f"--settings {self.name}", *self.overrides]
+        return " ".join([*words, *["--simulate"] * self.simulate, *more])
 
 
 SECTIONS: Mapping[str, Any] = {

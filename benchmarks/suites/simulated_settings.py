@@ -12,7 +12,7 @@ class SimulatedSettings:
 
     Attributes:
         model: a name of ``configs/calibration/models.yaml``.
-        cluster: a shipped cluster, a GPU's name, or a file, such as one of ``ringattn doctor``.
+        cluster: a shipped cluster, or a file, such as one of ``ringattn doctor``.
         gpus: the smallest and the largest number; each is twice the one before.
         group: most ranks that share a sequence.
         masks: names of `mask_cases`. lengths: of their documents.

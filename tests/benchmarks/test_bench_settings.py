@@ -72,5 +72,5 @@ def test_the_command_of_a_part_can_be_run_again() -> None:
     settings = load_settings("smoke", ["methods.seq_len=[256]"])
     text = settings.command("methods", "--masks causal", "--ranks 2")
     assert text == (
-        "ringattn bench methods --settings smoke --masks causal --ranks 2 methods.seq_len=[256]"
+        "ringattn bench methods --settings smoke methods.seq_len=[256] --masks causal --ranks 2"
     )

@@ -121,3 +121,9 @@ def test_a_study_has_every_cell_and_faster_links_never_hurt():
     )
     assert refused["status"] == "refused"
     assert "32 query heads" in refused["reason"]
+
+
+@pytest.mark.parametrize("name", ["nosuch", "h100", "", "missing.yaml"])
+def test_a_cluster_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError):
+        simulate_step("llama3-8b", 1 << 15, cluster=name)
