@@ -117,6 +117,10 @@ class Recorder:
     def _machine(self) -> dict[str, Any]:
         return {"hardware": hardware(), "versions": versions(), "commit": commit()}
 
+    def __len__(self) -> int:
+        """How many cases the file holds."""
+        return len(self._done)
+
     def has(self, name: str, case: str) -> bool:
         """Whether the case has a record, whatever its status."""
         return (name, case) in self._done

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ringattn.benchmarks.record import Recorder, Tally, keep_figures, read_records
+from ringattn.benchmarks.record import Recorder, Tally, keep_figures
 from ringattn.benchmarks.suites import (
     kernels_suite,
     marker,
@@ -157,14 +157,14 @@ def _run(request: Request, settings: Settings, ranks: AskedRanks, show: Progress
             path = Path(request.out) / f"{suite}.jsonl"
             if request.retry:
                 keep_figures(path)
-            recorder, before = Recorder(path), len(read_records(path))
+            recorder = Recorder(path)
+            before = len(recorder)
             marker.blame(recorder)
             _suite(suite, settings, recorder, show, ranks)
             show.close()
             tally = Tally.of(path)
             tallies.append(tally)
-            new = tally.figures + tally.refusals + tally.errors - before
-            print(f"{suite}: {tally} in {path} ({new:,} new)", flush=True)
+            print(f"{suite}: {tally} in {path} ({len(recorder) - before:,} new)", flush=True)
     except RanksError as error:
         show.close()
         print(f"ranks were lost ({error}); run the command again to go on", file=sys.stderr)
