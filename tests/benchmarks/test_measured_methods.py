@@ -21,8 +21,6 @@ from ringattn.benchmarks.peers.zigzag_ring import ZigzagRing, ring_bytes
 from ringattn.benchmarks.peers.zigzag_varlen import padded_rows
 from ringattn.benchmarks.record import Recorder, read_records
 
-pytestmark = pytest.mark.timeout(300)  # processes start one by one on a busy machine
-
 SEQ_LEN, WORLD = 256, 2
 SHAPE = Shape(q_heads=4, kv_heads=2, head_dim=16)
 PEERS = (OURS, *contenders(), YARDSTICK, *variants())

@@ -203,10 +203,8 @@ for arch in ("sm_80", "sm_90"):
 def test_variants_compile_as_they_launch() -> None:
     """In a process of its own: this one interprets Triton's kernels."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True,
-        timeout=100, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("Resources(") and "spilled=0" in line for line in lines)

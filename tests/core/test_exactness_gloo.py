@@ -58,7 +58,7 @@ def _check_like_simulated(case: Case, result: Results) -> None:
 @pytest.mark.parametrize("world", AXES["world"])
 def test_a_covering_part_of_the_product(world: int) -> None:
     cases = [case for case in _covering() if case["world"] == world]
-    by_rank = run_ranks(world, run_cases, cases, timeout=100)
+    by_rank = run_ranks(world, run_cases, cases)
     for case, *results in zip(cases, *by_rank, strict=True):
         assert {"out", "lse", "dq", "dk", "dv"} <= results[0].keys()
         assert ("dsinks" in results[0]) == case["kernel"].endswith("+sinks")
@@ -81,7 +81,7 @@ def test_the_whole_product(grid_seconds: float | None) -> None:
     ]
 
     def check(case: Case) -> dict[str, float]:
-        by_rank = run_ranks(case["world"], run_cases, [case], timeout=60)
+        by_rank = run_ranks(case["world"], run_cases, [case])
         return _errors(case, [results[0] for results in by_rank])
 
     run_grid("attention_gloo", mixed(cases), check, tolerance=TOLERANCE, seconds=grid_seconds)

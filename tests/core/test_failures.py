@@ -113,7 +113,7 @@ def _error_of(action: Callable[[], object]) -> tuple[str, str]:
 def test_a_rank_that_does_not_come_is_named_in_time(
     pair: RankPool, moment: str, staged: str | None
 ) -> None:
-    answer, _ = pair.run(_absent, (moment, staged), {}, timeout=30)
+    answer, _ = pair.run(_absent, (moment, staged), {}, timeout=300)
     kind, message = answer
     assert kind == CommunicationError.__name__, message
     direction = "backward" if moment == "backward" else "forward"
@@ -124,7 +124,7 @@ def test_a_rank_that_does_not_come_is_named_in_time(
 def test_a_rank_that_never_comes_to_the_first_use_is_told_in_time(
     pair: RankPool, staged: str | None
 ) -> None:
-    answer, _ = pair.run(_absent, ("first use", staged), {}, timeout=30)
+    answer, _ = pair.run(_absent, ("first use", staged), {}, timeout=300)
     kind, message = answer
     assert kind == CommunicationError.__name__, message
     assert message.startswith("rank 0: comparing plans before step 0 did not complete: ")

@@ -120,7 +120,7 @@ def _worse(case: Case, got: Results) -> list[str]:
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_less_accurate_than_one_shot_sdpa(world: int) -> None:
     cases = [case for case in CASES if case["world"] == world]
-    results = run_ranks(world, _attend, cases, timeout=100)[0]
+    results = run_ranks(world, _attend, cases)[0]
     worse = [line for case, got in zip(cases, results, strict=True) for line in _worse(case, got)]
     assert not worse, "\n".join(worse)
 

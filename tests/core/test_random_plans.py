@@ -182,7 +182,7 @@ def test_bytes_and_bits_of_random_plans_in_other_dtypes(
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_random_plans_on_real_ranks(world: int, first_seed: int) -> None:
     cases = [random_case(first_seed + seed, world) for seed in range(2)]
-    by_rank = run_ranks(world, run_cases, cases, random_plan, timeout=100)
+    by_rank = run_ranks(world, run_cases, cases, random_plan)
     for case, *results in zip(cases, *by_rank, strict=True):
         with _naming(case):
             want, simulated = reference_of(case), simulate_plan(random_plan(case), inputs_of(case))

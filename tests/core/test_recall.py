@@ -93,7 +93,7 @@ def _compare(rank: int, world: int, group: dist.ProcessGroup, names: list[str]) 
 @pytest.mark.parametrize("world", [1, 2])
 def test_gradients_are_those_of_attention(world: int) -> None:
     """The same bits where every row is kept; attention then runs once."""
-    run_ranks(world, _compare, list(CASES), timeout=100)
+    run_ranks(world, _compare, list(CASES))
 
 
 def _kept(rank: int, world: int, group: dist.ProcessGroup) -> list[list[tuple[int, ...]]]:

@@ -114,7 +114,7 @@ def _selections(
 def test_every_rank_and_every_sharding_selects_the_same(world: int) -> None:
     pairs = list(product(MASKS, LAYOUTS))
     cases = [(*pair, (torch.float32, torch.bfloat16)[i % 2]) for i, pair in enumerate(pairs)]
-    by_rank = run_ranks(world, _selections, cases, timeout=100)
+    by_rank = run_ranks(world, _selections, cases)
     for index, (name, layout, dtype) in enumerate(cases):
         q, k, _, _ = _inputs(dtype)
         want = select_whole(q, k, MASKS[name]())
@@ -206,10 +206,10 @@ def _losses(
     ("causal", "zigzag", "direct"), ("per_head", "striped", "ulysses"), ("full", "uneven", "burst"),
 ])  # fmt: skip
 def test_training_is_the_same_on_any_number_of_ranks(name: str, layout: str, method: str) -> None:
-    alone = run_ranks(1, _losses, name, "contiguous", "ring", timeout=60)[0]
+    alone = run_ranks(1, _losses, name, "contiguous", "ring")[0]
     assert alone[-1] < 0.95 * alone[0], "the model learns"
     for world in (2, 4):
-        for losses in run_ranks(world, _losses, name, layout, method, timeout=60):
+        for losses in run_ranks(world, _losses, name, layout, method):
             assert losses == pytest.approx(alone, rel=1e-10)
 
 
@@ -234,7 +234,7 @@ def _compiled(rank: int, world: int, group: dist.ProcessGroup) -> None:
 
 
 def test_a_compiled_layer_has_no_graph_break() -> None:
-    run_ranks(2, _compiled, timeout=110)
+    run_ranks(2, _compiled)
 
 
 def _refused(rank: int, world: int, group: dist.ProcessGroup) -> list[str]:
@@ -265,7 +265,7 @@ def test_selections_that_do_not_fit_are_refused() -> None:
     reasons = ["must be int32 of shape", "must be int32 of shape", "once, ascending",
                "once, ascending", "must be an int32 tensor", "selects no blocks",
                "selects no blocks", "must be (B, tokens"]  # fmt: skip
-    for messages in run_ranks(2, _refused, timeout=60):
+    for messages in run_ranks(2, _refused):
         for message, reason in zip(messages, reasons, strict=True):
             assert reason in message
             assert "\n" not in message

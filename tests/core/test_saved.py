@@ -61,7 +61,7 @@ def _gradients(rank: int, world: int, group: dist.ProcessGroup, method: str, mas
 def test_saved_slots_outlive_other_calls_on_real_ranks(method: str, world: int, mask: str) -> None:
     x = inputs(mask_of(mask).seq_len, 2, 2)
     want = ra.reference(*x.tensors[:3], mask_of(mask), x.dout)
-    for result in run_ranks(world, _gradients, method, mask, timeout=60):
+    for result in run_ranks(world, _gradients, method, mask):
         for got, name in zip(result, ("dq", "dk", "dv"), strict=True):
             assert rel_error(getattr(want, name), got) <= TOLERANCE, name
 

@@ -19,9 +19,6 @@ from tests.hf.models import BASE, LENGTHS, build, draw_batch, one_device
 from tests.ranks import run_ranks
 from tests.test_imports import imports
 
-pytestmark = pytest.mark.timeout(240)  # the first call of a rank imports transformers
-TIMEOUT = 200.0
-
 
 def _hidden(_rank: int, _world: int, group: Any, family: str, changed: int | None) -> torch.Tensor:
     model = build(family).eval()
@@ -39,7 +36,7 @@ def _hidden(_rank: int, _world: int, group: Any, family: str, changed: int | Non
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
 def test_documents_do_not_leak(family: str) -> None:
     """Another document's tokens change nothing, bit for bit; and each is as if it were alone."""
-    before, again = run_ranks(2, _hidden, family, None, timeout=TIMEOUT)
+    before, again = run_ranks(2, _hidden, family, None)
     after, _ = run_ranks(2, _hidden, family, 0)
     assert torch.equal(before, again)
     assert torch.equal(before[:, LENGTHS[0] :], after[:, LENGTHS[0] :])
@@ -80,7 +77,7 @@ def _wrapped(_rank: int, world: int, group: Any, how: str) -> dict[str, torch.Te
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_wrappers(how: str) -> None:
     _, grads = one_device(build("Llama"), *draw_batch())
-    found, _ = run_ranks(2, _wrapped, how, timeout=TIMEOUT)
+    found, _ = run_ranks(2, _wrapped, how)
     assert found.keys() == grads.keys()
     assert max(float((found[n] - g).norm() / g.norm()) for n, g in grads.items()) <= 1e-5
 

@@ -10,7 +10,6 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -26,7 +25,6 @@ def test_example(name: str, options: list[str]) -> None:
          str(path), str(REPOSITORY / "README.md"), "--seq-len", "256", "--steps", "4", *options],
         capture_output=True,
         text=True,
-        timeout=280,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

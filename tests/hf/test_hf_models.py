@@ -10,9 +10,6 @@ from ringattn.hf_attention import LayerMask
 from tests.hf.models import FAMILIES, LENGTHS, build, draw_batch, one_device
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(240)  # the first call of a rank imports transformers
-TIMEOUT = 200.0
-
 
 def _train(
     _rank: int, _world: int, group: Any, family: str, how: str, **options: Any
@@ -37,7 +34,7 @@ def _train(
 def error_of(family: str, how: str, **options: Any) -> float:
     """Largest relative error of the loss and of any parameter's gradient."""
     expected, grads = one_device(build(family), *draw_batch())
-    (loss, found), (other, _) = run_ranks(2, _train, family, how, timeout=TIMEOUT, **options)
+    (loss, found), (other, _) = run_ranks(2, _train, family, how, **options)
     assert loss == other
     assert found.keys() == grads.keys()
     errors = [abs(loss - expected) / abs(expected)]

@@ -60,7 +60,7 @@ def assert_bitwise(expected: Lines, got: Lines) -> None:
 
 
 def test_two_hosts_train_like_one(corpus: Path, tmp_path: Path) -> None:
-    expected = train_pooled(values_of(corpus, tmp_path / "alone", 2), timeout=120.0)
+    expected = train_pooled(values_of(corpus, tmp_path / "alone", 2))
     got = train_on_hosts(values_of(corpus, tmp_path / "hosts", 2), tmp_path, 2)
     assert_bitwise(expected, got)
 

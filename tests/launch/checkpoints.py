@@ -166,7 +166,7 @@ def sound_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def train_outcomes(
-    values: dict[str, Any], patch: Callable[[], Any] | None = None, timeout: float = 60.0
+    values: dict[str, Any], patch: Callable[[], Any] | None = None, timeout: float = 500.0
 ) -> list[tuple[str | None, str]]:
     """Trains on pooled ranks; returns each rank's `UserError`, if any, and what it said on stderr.
 

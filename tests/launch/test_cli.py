@@ -28,7 +28,6 @@ from tests.launch.training import (
 )
 
 # Commands start three processes that import torch, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(300)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 

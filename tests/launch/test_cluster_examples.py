@@ -41,7 +41,7 @@ def _run(folder: Path, argument: str) -> int:
         "SLURM_JOB_ID": "17",
     }
     command = ["bash", str(EXAMPLES / "slurm.sh"), argument, "train.steps=3"]
-    return subprocess.run(command, env=environment, timeout=60).returncode
+    return subprocess.run(command, env=environment).returncode
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -68,7 +68,7 @@ def _evaluate_on_rank(
 ) -> None:
     config = load_config(Path(request.run) / "config.yaml", overrides)
     ranks = Ranks(rank=rank, world=world, local_rank=rank, local_world=world)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=300)
     session = Session(ranks=ranks, device=torch.device("cpu"), timeout=timeout)
     with contextlib.redirect_stdout(io.StringIO()):
         _test_on_rank(request, config, session)

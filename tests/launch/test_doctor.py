@@ -31,7 +31,6 @@ from ringattn.parallel.fabric import Handle, ProcessGroupFabric
 from tests.launch.training import run_command
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(300)
 LANES = ("intra", "inter")
 TINY = Work(
     gemm={torch.float32: 32},
@@ -56,7 +55,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _session(rank: int, world: int) -> Session:
     ranks = Ranks(rank=rank, world=world, local_rank=rank, local_world=world)
-    return Session(ranks=ranks, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+    return Session(ranks=ranks, device=torch.device("cpu"), timeout=timedelta(seconds=300))
 
 
 def _examine(

@@ -31,7 +31,6 @@ from tests.launch.training import (
 )
 from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
 
-pytestmark = pytest.mark.timeout(300)
 # Written by one engine on 2 ranks, with 2 packs per rank and step; read by the next one, on other
 # ranks and with other parts of memory.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,7 +14,6 @@ from tests.launch.engines import OFFLOADS, SHARDED
 from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 
 # The first run in each pool of ranks imports DeepSpeed and half of torch.
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ from tests.launch.engines import ENGINES, OFFLOADS
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
 # The first run in a pool of ranks imports DeepSpeed.
-pytestmark = pytest.mark.timeout(300)
 
 RULES = FaultsConfig(
     on_nonfinite="skip", on_spike="rollback", spike_factor=2.0, spike_window=3, max_in_a_row=3
@@ -215,14 +214,14 @@ def check_skipped(values: dict[str, Any], lines: list[dict[str, Any]], folder: P
             "run.dir": str(folder / f"from-{bad}"),
             "checkpoint.resume": str(find_checkpoints(run_dir)[bad - 1]),
         }
-        line, *_ = train_pooled(fresh, timeout=120)
+        line, *_ = train_pooled(fresh)
         assert comparable(line) == comparable(lines[bad])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero 2"])
 def test_a_skipped_step_leaves_nothing_behind(engine: str, corpus: Path, tmp_path: Path) -> None:
     values = faulty_values(corpus, tmp_path / "run") | ENGINES[engine]
-    lines = train_pooled(values, Faults, timeout=120)
+    lines = train_pooled(values, Faults)
     check_skipped(values, lines, tmp_path)
     text = (tmp_path / "run" / METRICS_FILE).read_text()
     assert "NaN" not in text
@@ -301,7 +300,7 @@ def test_skipped_steps_under_every_engine(
     values = faulty_values(corpus, tmp_path / "run", train__dtype=dtype) | ENGINES[engine]
     if offload is not None:
         values["parallel.offload"] = offload
-    check_skipped(values, train_pooled(values, Faults, timeout=120), tmp_path)
+    check_skipped(values, train_pooled(values, Faults), tmp_path)
 
 
 class NoChecks(Faults):
@@ -322,4 +321,4 @@ class NoChecks(Faults):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_older_releases_of_deepspeed(stage: int, dtype: str, corpus: Path, tmp_path: Path) -> None:
     values = faulty_values(corpus, tmp_path / "run", train__dtype=dtype) | ENGINES[f"zero {stage}"]
-    check_skipped(values, train_pooled(values, NoChecks, timeout=120), tmp_path)
+    check_skipped(values, train_pooled(values, NoChecks), tmp_path)

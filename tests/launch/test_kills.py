@@ -21,7 +21,6 @@ from tests.grid import run_grid
 from tests.launch.chaos import TORCHRUN, Chaos, Kill, Witness, assert_same_run, draw_kills
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus, write_config
 
-pytestmark = pytest.mark.timeout(300)
 WORLD, STEPS, KEEP = 2, 60, 3
 RUNS, KILLS = 6, 5  # of the full run: so many runs of so many kills
 

@@ -129,14 +129,13 @@ def _cases_of(world: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_gradients_are_those_of_no_checkpointing(world: int) -> None:
-    run_ranks(world, _compare, _cases_of(world), timeout=110)
+    run_ranks(world, _compare, _cases_of(world))
 
 
 @pytest.mark.full
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world", [1, 2])
 def test_gradients_of_all_cases(world: int) -> None:
-    run_ranks(world, _compare, CASES, timeout=280)
+    run_ranks(world, _compare, CASES)
 
 
 def _runs(rank: int, world: int, group: dist.ProcessGroup) -> tuple[dict[str, list[int]], int]:
@@ -217,7 +216,6 @@ def test_parameters_of_the_halves() -> None:
     assert "input_layernorm.weight" in found["attention_inputs"]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_layers_share_one_compilation(one_rank: dist.ProcessGroup) -> None:
     """In earnest: one graph per half for all layers and numbers of tokens, no break."""

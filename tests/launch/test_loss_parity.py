@@ -27,7 +27,6 @@ from tests.launch.training import (
 from tests.pairwise import drawn_pairwise, pairwise
 
 # The first run in each pool of ranks imports DeepSpeed and half of torch.
-pytestmark = pytest.mark.timeout(300)
 TOLERANCE = 1e-5
 SOURCES = ("ringattn", "kernels", "parallel", "launch")
 Case = dict[str, Any]
@@ -112,7 +111,7 @@ def train_case(case: Case, corpus: Path, run: Path, compiler: bool = False) -> L
     rest = {key: value for key, value in case.items() if key != "engine"}
     values = values_of(corpus, run, case["model.window"]) | rest | ENGINES[case["engine"]]
     traced = case["train.compile"] and not compiler
-    return train_pooled(values, graphs_without_a_compiler if traced else None, timeout=280.0)
+    return train_pooled(values, graphs_without_a_compiler if traced else None)
 
 
 def expected_of(case: Case, one_rank: Callable[..., Lines]) -> Lines:

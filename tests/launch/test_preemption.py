@@ -22,7 +22,6 @@ from tests.launch.training import (
 )
 
 # Commands start three processes that import torch, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(300)
 STEPS = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -24,7 +24,6 @@ from tests.launch.training import (
 )
 
 # Commands start three processes that import torch, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

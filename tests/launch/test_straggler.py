@@ -19,7 +19,6 @@ from tests.launch.engines import ENGINES
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
 # The first run in a pool of ranks imports DeepSpeed.
-pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_rank_is_named_once_and_again_after_it_recovered() -> None:
@@ -114,7 +113,7 @@ def named_in_a_run(
 ) -> tuple[list[int], list[int]]:
     """The slowest rank of each step but the first, and the ranks that events name."""
     values = tiny_values(corpus, run_dir, parallel__cp=2, train__steps=5, faults__straggler_steps=3)
-    lines = train_pooled(values | ENGINES[engine], patch, timeout=120)
+    lines = train_pooled(values | ENGINES[engine], patch)
     events = [e for e in read_lines(run_dir / EVENTS_FILE) if e["event"] == "straggler"]
     assert all(line["slowest_ratio"] >= 1 for line in lines)
     return [line["slowest_rank"] for line in lines[1:]], [event["rank"] for event in events]

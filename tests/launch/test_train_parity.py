@@ -19,7 +19,6 @@ from tests.launch.training import (
 )
 
 # Commands start three processes that import torch, which takes long on a busy machine.
-pytestmark = pytest.mark.timeout(300)
 MESHES = {
     "cp2": {"parallel.cp": 2},
     "cp4": {"parallel.cp": 4},

@@ -83,7 +83,7 @@ Mutation = str | Callable[[], Any] | None  # a name of MUTATIONS, or what makes 
 
 
 def train_pooled(
-    values: dict[str, Any], mutation: Mutation = None, timeout: float = 60.0
+    values: dict[str, Any], mutation: Mutation = None, timeout: float = 500.0
 ) -> list[dict[str, Any]]:
     """Trains on pooled ranks, within `timeout` seconds; returns the lines of metrics.jsonl."""
     config = config_from_values(values)
@@ -266,7 +266,7 @@ def command(
         )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 500.0) -> tuple[int, str, str]:
     """Waits for a command; returns exit code, stdout, stderr. Kills its whole group when late."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -281,7 +281,7 @@ def run_command(
     *arguments: str,
     launcher: tuple[str, ...] = (),
     outer: tuple[str, ...] = (),
-    timeout: float = 200.0,
+    timeout: float = 500.0,
 ) -> tuple[int, str, str]:
     """Runs ``ringattn ARGUMENTS`` to its end."""
     return finish(command(*arguments, launcher=launcher, outer=outer), timeout)
