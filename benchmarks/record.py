@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -200,17 +201,25 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 @dataclass(frozen=True)
 class Tally:
-    """How many records of a file are figures, refusals and errors."""
+    """How many records of a file are figures, refusals and errors.
+
+    Attributes:
+        reasons: of refusals, the most common first, each with its count.
+    """
 
     figures: int
     refusals: int
     errors: int
+    reasons: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> "Tally":
         """Of a file's records."""
-        found = [record.status for record in read_records(path)]
-        return cls(*(found.count(status) for status in STATUSES))
+        records = read_records(path)
+        found = [record.status for record in records]
+        reasons = Counter(record.reason for record in records if record.status == "refused")
+        counts = (found.count(status) for status in STATUSES)
+        return cls(*counts, tuple(reasons.most_common()))
 
     def __str__(self) -> str:
         return f"{self.figures} figures, {self.refusals} refusals, {self.errors} errors"

@@ -83,6 +83,7 @@ class Entrant:
         contender: `OURS`, a peer's name, or "module:attribute" for an adapter of one's own.
         method, layout, cluster: of ours; "" for peers.
         ranks_per_node: that plans see; None for the launcher's.
+        alone: each rank computes the whole problem by itself, all at the same time.
     """
 
     contender: str = OURS
@@ -90,6 +91,7 @@ class Entrant:
     layout: str = ""
     cluster: str | None = None
     ranks_per_node: int | None = None
+    alone: bool = False
 
     @property
     def key(self) -> str:
@@ -98,11 +100,12 @@ class Entrant:
             return self.contender
         node = "" if self.ranks_per_node is None else f"-node{self.ranks_per_node}"
         cluster = f"-{self.cluster}" if self.cluster and self.method == "auto" else ""
-        return f"{self.method}-{self.layout}{node}{cluster}"
+        return f"{self.method}-{self.layout}{node}{cluster}" + "-alone" * self.alone
 
 
-BASELINE = Entrant(method="ring", layout="contiguous")
-"""What CPU times are compared with: our kernel on the whole mask, in one process."""
+BASELINE = Entrant(method="ring", layout="contiguous", alone=True)
+"""What CPU times are compared with: our kernel on the whole mask in one process. Every rank runs a
+copy, because a core that has a busy neighbour is slower than one that has none."""
 
 
 def problems(

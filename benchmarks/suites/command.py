@@ -34,6 +34,8 @@ from ringattn.launch.ranks import Ranks
 from ringattn.launch.session import Session
 from ringattn.launch.train import run_rank
 
+SHOWN = 3
+"""Reasons of refusals that are printed, the most common ones."""
 SUITES = ("kernels", "methods", "masks", "train", "scaling")
 _OF_RANKS: Mapping[str, Callable[[Settings, Recorder, Progress, AskedRanks], None]] = {
     "kernels": kernels_suite.run,
@@ -165,6 +167,8 @@ def _run(request: Request, settings: Settings, ranks: AskedRanks, show: Progress
             tally = Tally.of(path)
             tallies.append(tally)
             print(f"{suite}: {tally} in {path} ({len(recorder) - before:,} new)", flush=True)
+            for reason, count in tally.reasons[:SHOWN]:
+                print(f"  refused {count:,}: {reason}", flush=True)
     except RanksError as error:
         show.close()
         print(f"ranks were lost ({error}); run the command again to go on", file=sys.stderr)

@@ -2,12 +2,13 @@
 
 Each entrant is prepared, run once and held against the reference; a wrong one is not timed. Then
 all take turns, round by round, who begins moving on by one, until every median is sure or the
-rounds are used up. Within a round the baseline, our kernel on the whole mask in one process, runs
-too: CPU times are compared with it, so that what a busy machine does to both cancels.
+rounds are used up. Within a round the baseline runs too, our kernel on the whole mask in one
+process, a copy on every rank: CPU times are compared with it, so that what a busy machine does to
+both, and ranks to each other, cancels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Outcome:
     Attributes:
         status, reason: as in records. lives: of its ranks when it was prepared.
         checked: every rank's first answer. errors: relative, by result.
-        times: of each round, every rank's seconds. shares: CPU time over the baseline's, by round.
+        times, baseline: of each round, every rank's seconds, and those of its copy of the baseline.
     """
 
     entrant: Entrant
@@ -41,18 +42,15 @@ class Outcome:
     checked: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     times: list[list[dict[str, Any]]] = field(default_factory=list)
-    baseline: list[dict[str, Any]] = field(default_factory=list)
+    baseline: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def stop(self, status: str, reason: str) -> None:
         """Takes the entrant out, with the reason."""
         self.status, self.reason = status, reason
 
     def seconds(self, kind: str, direction: str) -> np.ndarray:
-        """(rounds, ranks) seconds: "wall", "cpu" or "kernels"; both passes are added up."""
-        names = PASSES if direction == "both" else (direction,)
-        return np.array(
-            [[sum(rank[n][kind] or 0.0 for n in names) for rank in ranks] for ranks in self.times]
-        ).reshape(len(self.times), -1)
+        """(rounds, ranks) seconds, as `_seconds`."""
+        return _seconds(self.times, kind, direction)
 
 
 class Unit:
@@ -161,7 +159,6 @@ class Unit:
 
     def _rounds(self, found: Sequence[Outcome], show: Callable[[str], None]) -> None:
         """Timed rounds; the first `warm_up` are not counted."""
-        judge = self._baseline_judge()
         for number in range(-self.common.warm_up, self.common.most):
             enough = number >= self.common.least
             running = [o for o in found if o.status == "ok" and not (enough and self._sure(o))]
@@ -169,29 +166,25 @@ class Unit:
                 break
             if self.common.most > 1:
                 show(f"{self.problem.mask} on {self.world}: round {number + 1}")
-            base = self._time_baseline(judge) if running else None
+            base = self._time_baseline()
             shift = number % max(1, len(running))
             for outcome in running[shift:] + running[:shift]:
                 self._time(outcome, base, counted=number >= 0)
 
-    def _baseline_judge(self) -> bool:
-        """Whether there is a process to compare with: on the CPU, beside local ranks."""
-        worlds = self.ranks.worlds
-        return self.ranks.device == "cpu" and (worlds is None or 1 in worlds)
-
-    def _time_baseline(self, wanted: bool) -> dict[str, Any] | None:
-        if not wanted:
+    def _time_baseline(self) -> list[dict[str, Any]] | None:
+        """Seconds of every rank's copy; None where there is none, as on GPUs."""
+        if self.ranks.device != "cpu":
             return None
         try:
-            if self._base_lives != self.ranks.lives(1):
+            if self._base_lives != self.ranks.lives(self.world):
                 request = {
                     "do": "prepare", "problem": asdict(self.problem),
                     "entrant": asdict(BASELINE), "sample": _NOTHING,
                 }  # fmt: skip
-                if "refused" in self.ranks.ask(1, request)[0]:
+                if "refused" in self.ranks.ask(self.world, request)[0]:
                     return None
-                self._base_lives = self.ranks.lives(1)
-            return self._ask(1, do="time", key=BASELINE.key, flush=self.common.flush)[0]
+                self._base_lives = self.ranks.lives(self.world)
+            return self._ask(self.world, do="time", key=BASELINE.key, flush=self.common.flush)
         except RanksError as error:
             if error.fatal:
                 raise
@@ -199,7 +192,7 @@ class Unit:
 
     _base_lives = -1
 
-    def _time(self, outcome: Outcome, base: dict[str, Any] | None, counted: bool) -> None:
+    def _time(self, outcome: Outcome, base: list[dict[str, Any]] | None, counted: bool) -> None:
         key = outcome.entrant.key
         try:
             if outcome.lives != self.ranks.lives(self.world):
@@ -231,16 +224,10 @@ class Unit:
 
     def _forget(self) -> None:
         self._base_lives = -1
-        for world in {1, self.world}:
-            if self.ranks.lives(world) and (
-                self.ranks.worlds is None or world in self.ranks.worlds
-            ):
-                try:
-                    self._ask(world, do="forget")
-                except RanksError as error:
-                    # Ranks that are started again hold nothing; lost ones are told by the next ask.
-                    if error.fatal:
-                        return
+        if self.ranks.lives(self.world):
+            # Ranks that are started again hold nothing; lost ones are told by the next ask.
+            with suppress(RanksError):
+                self._ask(self.world, do="forget")
 
     def _record(self, outcome: Outcome) -> None:
         name = f"bench.{self.suite}"
@@ -318,12 +305,21 @@ _NOTHING = {"rows": [], "keys": [], "key_head": 0, "heads": [0, 1]}
 
 
 def _ratios(outcome: Outcome, direction: str) -> np.ndarray | None:
-    """CPU time of the busiest rank over the one process's in the same round."""
+    """CPU time of the busiest rank over that of the busiest copy in the same round."""
     if not outcome.baseline or len(outcome.baseline) != len(outcome.times):
         return None
+    busiest, copy = (
+        _seconds(rounds, "cpu", direction).max(1) for rounds in (outcome.times, outcome.baseline)
+    )
+    return busiest / copy
+
+
+def _seconds(rounds: Sequence[Sequence[dict[str, Any]]], kind: str, direction: str) -> np.ndarray:
+    """(rounds, ranks) seconds: "wall", "cpu" or "kernels"; both passes are added up."""
     names = PASSES if direction == "both" else (direction,)
-    base = np.array([sum(b[n]["cpu"] for n in names) for b in outcome.baseline])
-    return outcome.seconds("cpu", direction).max(1) / base
+    return np.array(
+        [[sum(rank[n][kind] or 0.0 for n in names) for rank in ranks] for ranks in rounds]
+    ).reshape(len(rounds), -1)
 
 
 def half_interval(values: np.ndarray) -> float:

@@ -81,6 +81,7 @@ class Worker:
         self.rank, self.world, self.device, self.staged = rank, world, device, staged
         self.timeout = timeout
         self._contexts: dict[tuple, ra.ContextParallel] = {}
+        self._alone: dist.ProcessGroup | None = None
         self._shares: dict[str, Share] = {}
         self._inputs: tuple[Problem, Tensors] | None = None
         self._flush: torch.Tensor | None = None
@@ -157,20 +158,21 @@ class Worker:
             # A run's memory is otherwise that of the largest plan so far.
             context.arena = Arena()
 
+        rank = plan.context.rank
         return Share(
-            plan.layout.positions(self.rank),
+            plan.layout.positions(rank),
             forward,
             route,
             plan.layout.name,
             plan.method,
-            planned={d: plan.bytes(self.rank, d) for d in PASSES},
+            planned={d: plan.bytes(rank, d) for d in PASSES},
             before=begin,
         )
 
     def _plan(self, problem: Problem, entrant: Entrant) -> Plan:
         """The plan, over contexts that all problems of a shape share, and their communicators."""
         whole = entrant.cluster is not None and entrant.method == "auto"
-        context = self._context(problem, entrant.cluster if whole else None)
+        context = self._context(problem, entrant.cluster if whole else None, entrant.alone)
         mask, node = problem.built(), entrant.ranks_per_node or context.ranks_per_node
         if whole:
             return context.plan(mask)
@@ -182,15 +184,15 @@ class Worker:
                 wire=context.wire,
             )  # fmt: skip
 
-        found = choice.choose(mask, self.world, node, entrant.layout, entrant.method, pose)
+        found = choice.choose(mask, context.world, node, entrant.layout, entrant.method, pose)
         layout, method, schedules = found
         return Plan(context, mask, layout, method, schedules)
 
-    def _context(self, problem: Problem, cluster: str | None) -> ra.ContextParallel:
-        key = problem.heads, problem.head_dim, problem.dtype, cluster
+    def _context(self, problem: Problem, cluster: str | None, alone: bool) -> ra.ContextParallel:
+        key = problem.heads, problem.head_dim, problem.dtype, cluster, alone
         if key not in self._contexts:
             self._contexts[key] = ra.ContextParallel(
-                None,
+                self._own_group() if alone else None,
                 heads=problem.heads,
                 head_dim=problem.head_dim,
                 dtype=getattr(torch, problem.dtype),
@@ -199,6 +201,14 @@ class Worker:
                 timeout=timedelta(seconds=self.timeout),
             )
         return self._contexts[key]
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """A group of this rank only; communicates when it is first asked for."""
+        if self._alone is None and self.world > 1:
+            mine = [dist.new_group([rank]) for rank in range(self.world)][self.rank]
+            assert isinstance(mine, dist.ProcessGroup)
+            self._alone = mine
+        return self._alone
 
     def _whole(self, problem: Problem) -> Tensors:
         if self._inputs is None or self._inputs[0] != problem:
