@@ -158,6 +158,18 @@ class Prices:
         return self._known[key]
 
 
+def partial_share(row: Published) -> float:
+    """Share of the computed pairs of a row's attention that lie in tiles which an edge of the mask
+    cuts: kernels run these at another speed than whole tiles."""
+    call = attention_of(row)
+    both = DIRECTIONS if call.world > 1 or len(row.directions) > 1 else row.directions
+    loads = [
+        s.load for found in surveys_of(call, tuple(both)) for s in found
+        if s.direction in row.directions
+    ]  # fmt: skip
+    return float(np.mean([load.partial.sum() / max(load.pairs.sum(), 1.0) for load in loads]))
+
+
 def figures_of(row: Published, directions: Sequence[str]) -> list[str]:
     """Names of the figures that the price of a row's attention depends on."""
     cluster, kernel = base_name(row.hardware), kernel_of(row)

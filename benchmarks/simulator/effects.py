@@ -11,7 +11,7 @@ import math
 import re
 from functools import lru_cache
 
-from ringattn.benchmarks.simulator.attention import Prices, attention_of, kernel_of
+from ringattn.benchmarks.simulator.attention import Prices, attention_of, kernel_of, partial_share
 from ringattn.benchmarks.simulator.figures import Figures, defaults
 from ringattn.benchmarks.simulator.mask_names import group_named, kind_named
 from ringattn.benchmarks.simulator.records import Published
@@ -21,6 +21,8 @@ DOCUMENTS = 2.4
 """How much more an effect weighs on rows of documents: what they share differs by more."""
 START = 0.04
 """Seconds of a call on several GPUs below which what happens at its start counts in full."""
+DIRECTION_SHARES = {"forward": 1 / 3.5, "backward": 2.5 / 3.5}
+"""Of the time of a row that holds both: they share what rows of one direction tell."""
 REPEATS = 16
 """Repetitions of a measurement that says nothing else; of fewer, the noise is larger."""
 MEMORY = ("memory", "verdict", "length")
@@ -63,8 +65,10 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
     if row.kind == "attention":
         single = row.gpus == 1
         sizes = {"attention": 1.0, "ranks": 0.0 if single else math.log2(row.gpus / 16)}
+        if row.seq_len > 0 and own["group"] != "documents":
+            sizes["partial"] = partial_share(row)
         if own["group"] == "dense" and not single and row.seq_len > 0:
-            sizes["start"] = min(1.0, START / _usual_seconds(row))
+            sizes["start"] = _start(row)
     elif row.kind in MEMORY:
         sizes = {"memory": 1.0}
     else:
@@ -78,9 +82,13 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
     scale = DOCUMENTS if own["group"] == "documents" else 1.0
     for kind, weight in sizes.items():
         for names, spread in table[kind].items():
-            label = " ".join(f"{name}={own[name]}" for name in names.split())
-            if weight:
-                found[f"{kind}: {label}"] = weight * scale, float(spread)
+            by_direction = "direction" in names.split() and len(row.directions) > 1
+            shares = DIRECTION_SHARES if by_direction else {own["direction"]: 1.0}
+            for direction, share in shares.items():
+                mine = own | {"direction": direction}
+                label = " ".join(f"{name}={mine[name]}" for name in names.split())
+                if weight:
+                    found[f"{kind}: {label}"] = weight * scale * share, float(spread)
     return found
 
 
@@ -89,16 +97,20 @@ def _data_sheets() -> Prices:
     return Prices(Figures())
 
 
-def _usual_seconds(row: Published) -> float:
-    """Seconds of a row's attention by data sheets: the same whatever a fit has found."""
-    return _data_sheets().seconds(row, attention_of(row), row.directions)[0]
+def _start(row: Published) -> float:
+    """Share of an attention call that its start is, at most 1, by data sheets, whatever a fit has
+    found."""
+    return min(1.0, START / _data_sheets().seconds(row, attention_of(row), row.directions)[0])
 
 
 def noise_of(row: Published) -> float:
     """Standard deviation of what even a known row does not repeat."""
     source = entry_for("sources", f"{row.source} | {row.method}")
-    base = float(defaults()["effects"]["noise"]) * float(source.get("noise", 1.0))
+    times = float(source.get("noise", 1.0))
     repeats = re.search(r"(?:median|mean) of (\d+) runs?", row.note.lower())
     if repeats:  # the standard error of so few
-        base *= max(1.0, math.sqrt(REPEATS / max(1, int(repeats.group(1)))))
+        times *= max(1.0, math.sqrt(REPEATS / max(1, int(repeats.group(1)))))
+    if row.kind == "attention" and row.seq_len > 0:  # long calls repeat, their start does not
+        times = 1.0 + (times - 1.0) * _start(row)
+    base = float(defaults()["effects"]["noise"]) * times
     return 2 * base if group_named(row.mask) == "documents" else base

@@ -39,6 +39,7 @@ class Linear:
     Attributes:
         rows: that can be predicted. names: of the figures. at: where, logarithms.
         error: log(predicted / published) of speed there. slope: (rows, figures).
+        noise: of the rows, standard deviations.
         effects: names. spreads: their prior deviations. weights: (rows, effects), each times
             the effect's prior deviation.
     """
@@ -48,6 +49,7 @@ class Linear:
     at: np.ndarray
     error: np.ndarray
     slope: np.ndarray
+    noise: np.ndarray
     effects: tuple[str, ...]
     spreads: np.ndarray
     weights: np.ndarray
@@ -111,6 +113,7 @@ def linearise(rows: Sequence[Published], figures: Figures) -> Linear:
         at=np.log([figures[name] for name in names]),
         error=np.array(errors),
         slope=slope,
+        noise=np.array([noise_of(row) for row in kept]),
         effects=tuple(spreads),
         spreads=np.array(list(spreads.values())),
         weights=weights,
@@ -128,8 +131,9 @@ def solve(model: Linear, use: np.ndarray) -> Calibration:
     # Unknowns in units of their prior deviations: figures from the prior, effects from zero.
     design = np.hstack([model.slope * spread, model.weights])[use]
     offset = (model.error + model.slope @ (centre - model.at))[use]
-    noise = np.array([noise_of(model.rows[i]) for i in use])
-    noise = noise * np.array([SUSPECT if model.rows[i].says("suspect") else 1.0 for i in use])
+    noise = model.noise[use] * np.array(
+        [SUSPECT if model.rows[i].says("suspect") else 1.0 for i in use]
+    )
     gram = design @ design.T
     count = np.ones(len(use))
     # Verdicts pull only where they are violated: over the limit, or under it.

@@ -59,6 +59,9 @@ def score(found: Sequence[Scored]) -> dict[str, Any]:
     for one in found:
         kinds[group_of(one.row)].append(one)
     speeds = [s for s in found if s.row.kind not in ("verdict", "memory", "length", "unknown")]
+    steps = [s for s in speeds if s.row.kind != "attention"]
+    if len({s.row.kind for s in steps}) > 1:
+        kinds["end to end: all"] = steps
     return {
         "groups": {name: _errors(mine) for name, mine in sorted(kinds.items())},
         "ranking": _rankings(speeds),

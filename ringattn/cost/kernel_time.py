@@ -25,6 +25,7 @@ class Load:
 
     Attributes:
         pairs: FLOPs of the pairs in blocks that are touched, over all heads.
+        partial: of these, in tiles of which the mask allows only some pairs; not part of a time.
         rows, keys: FLOPs of one pair for each block row and each key, over all heads.
         tiles, launches: how many.
         longest: FLOPs of the longest block of each launch.
@@ -34,6 +35,7 @@ class Load:
     """
 
     pairs: np.ndarray
+    partial: np.ndarray
     rows: np.ndarray
     keys: np.ndarray
     tiles: np.ndarray
@@ -138,8 +140,11 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
 
     block = block_rows if schedule.direction == "forward" else block_keys
     longest = _longest_block(schedule, block) * flops_per_pair(schedule)
+    pairs = computed_pairs(tasks, schedule.matrices, block_rows, block_keys) * heads
+    partial = tasks["area"] < _span(bands, "q") * _span(bands, "k")
     return Load(
-        pairs=table(flat, computed_pairs(tasks, schedule.matrices, block_rows, block_keys) * heads),
+        pairs=table(flat, pairs),
+        partial=table(flat, pairs * partial),
         rows=table(flat, _up(_span(bands, "q"), block_rows) * heads),
         keys=table(flat, _up(_span(bands, "k"), block_keys) * heads),
         tiles=table(flat, None),

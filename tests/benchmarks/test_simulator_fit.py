@@ -8,9 +8,9 @@ import pytest
 
 from ringattn.benchmarks import fit_simulator, validate_simulator
 from ringattn.benchmarks.simulator import fitting
-from ringattn.benchmarks.simulator.attention import Prices
+from ringattn.benchmarks.simulator.attention import Prices, partial_share
 from ringattn.benchmarks.simulator.calibration_file import dump_calibration, load_calibration
-from ringattn.benchmarks.simulator.effects import noise_of
+from ringattn.benchmarks.simulator.effects import effects_of, noise_of
 from ringattn.benchmarks.simulator.figures import Figures
 from ringattn.benchmarks.simulator.memory_parts import memory_parts
 from ringattn.benchmarks.simulator.predict import Calibration, predict, raw_speed
@@ -184,3 +184,46 @@ def test_few_repetitions_count_less(tmp_path):
         )
     )
     assert noise_of(few) == pytest.approx(4 * noise_of(many))
+
+
+def test_few_repetitions_of_a_long_call_count_as_much(tmp_path):
+    long = ATTENTION | {"seq_len": str(1 << 22)}
+    many, few = read(
+        write(
+            tmp_path / "t.csv",
+            long | {"note": "median of 16 runs"},
+            long | {"note": "median of 1 runs"},
+        )
+    )
+    assert noise_of(few) == pytest.approx(noise_of(many), rel=0.1)
+
+
+def test_rows_of_both_directions_take_the_effects_of_each(tmp_path):
+    metrics = [f"{d}_tflops_per_gpu" for d in ("fwd", "bwd", "fwdbwd")]
+    made = [ATTENTION | {"metric": metric} for metric in metrics]
+    forward, backward, both = (effects_of(row) for row in read(write(tmp_path / "t.csv", *made)))
+    name = "attention: source={} direction={}"
+    found = [n for n in both if n.startswith("attention: source=") and "direction=" in n]
+    assert len(found) == 2
+    assert name.format("bench", "forward") in forward.keys() & both.keys()
+    assert name.format("bench", "backward") in backward.keys() & both.keys()
+    for kind in ("attention: ", "partial: "):
+        weights = [both[n][0] for n in both if n.startswith(kind) and "direction=" in n]
+        alone = [forward[n][0] for n in forward if n.startswith(kind) and "direction=" in n]
+        assert sum(weights) == pytest.approx(sum(alone), rel=0.2)
+
+
+def test_the_share_of_partial_tiles_follows_the_plan(tmp_path):
+    names = [("kernel-fa3", "causal"), ("kernel-fa3", "full"), ("ulysses", "causal"),
+             ("ring", "causal"), ("ulysses", "doc_causal")]  # fmt: skip
+    made = [
+        ATTENTION | {"method": m, "mask": k, "gpus": "1" if "kernel" in m else ATTENTION["gpus"]}
+        for m, k in names
+    ]
+    rows = read(write(tmp_path / "t.csv", *made))
+    shares = [partial_share(row) for row in rows]
+    assert shares[:3] == [1.0, 0.0, 1.0]
+    assert 0 < shares[3] < 0.5  # zigzag: the tiles of a rank's own chunks
+    assert [any(n.startswith("partial") for n in effects_of(row)) for row in rows] == [
+        True, False, True, True, False,
+    ]  # fmt: skip
