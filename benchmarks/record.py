@@ -218,8 +218,8 @@ class Tally:
         records = read_records(path)
         found = [record.status for record in records]
         reasons = Counter(record.reason for record in records if record.status == "refused")
-        counts = (found.count(status) for status in STATUSES)
-        return cls(*counts, tuple(reasons.most_common()))
+        figures, refusals, errors = (found.count(status) for status in STATUSES)
+        return cls(figures, refusals, errors, tuple(reasons.most_common()))
 
     def __str__(self) -> str:
         return f"{self.figures} figures, {self.refusals} refusals, {self.errors} errors"

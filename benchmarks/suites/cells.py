@@ -111,13 +111,16 @@ copy, because a core that has a busy neighbour is slower than one that has none.
 def problems(
     common: Common, seq_lens: tuple[int, ...], masks: tuple[str, ...]
 ) -> Iterator[Problem]:
-    """The product of masks, lengths and packs. Masks that sample nothing come once."""
+    """The product of masks, lengths and packs. Masks that sample nothing come once.
+
+    The first pack of every mask comes before any second one: a run that is stopped has all masks.
+    """
     for seq_len in seq_lens:
-        for mask in masks:
-            packs = common.packs if is_sampled(mask) else 1
-            lengths = common.lengths if _has_documents(mask) else common.lengths[:1]
-            for name in lengths:
-                for pack in range(packs):
+        for pack in range(common.packs):
+            for mask in masks:
+                if pack and not is_sampled(mask):
+                    continue
+                for name in common.lengths if _has_documents(mask) else common.lengths[:1]:
                     yield Problem(
                         mask=mask, seq_len=seq_len, pack=pack, lengths=name, heads=common.heads,
                         head_dim=common.head_dim, dtype=common.dtype, seed=common.seed,

@@ -33,6 +33,7 @@ from ringattn.benchmarks.wire import counted_wire
 from ringattn.errors import UserError
 from ringattn.executor import Run
 from ringattn.methods.common import Problem as Posed
+from ringattn.parallel.group_ref import GroupRef
 from ringattn.parallel.host import cache_bytes
 from ringattn.plan import Plan
 
@@ -81,7 +82,7 @@ class Worker:
         self.rank, self.world, self.device, self.staged = rank, world, device, staged
         self.timeout = timeout
         self._contexts: dict[tuple, ra.ContextParallel] = {}
-        self._alone: dist.ProcessGroup | None = None
+        self._alone: GroupRef | None = None
         self._shares: dict[str, Share] = {}
         self._inputs: tuple[Problem, Tensors] | None = None
         self._flush: torch.Tensor | None = None
@@ -207,8 +208,8 @@ class Worker:
         if self._alone is None and self.world > 1:
             mine = [dist.new_group([rank]) for rank in range(self.world)][self.rank]
             assert isinstance(mine, dist.ProcessGroup)
-            self._alone = mine
-        return self._alone
+            self._alone = GroupRef(mine)
+        return None if self._alone is None else self._alone()
 
     def _whole(self, problem: Problem) -> Tensors:
         if self._inputs is None or self._inputs[0] != problem:
