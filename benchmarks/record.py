@@ -107,11 +107,16 @@ class Recorder:
     """Appends records to a JSON-lines file, each flushed when it is made.
 
     ``has`` tells which cases the file holds, so that an interrupted benchmark can go on. The file
-    and its folder are created with the first record. Raises UserError for a file with other lines.
+    and its folder are created with the first record. A last line that was cut off, by a kill or a
+    full disk, is taken out. Raises UserError for a file with other lines.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.exists():
+            text = _text_of(self.path)
+            if (whole := _whole_lines(text)) != text:
+                self.path.write_text(whole, encoding="utf-8")
         self._done = {(r.name, r.case) for r in read_records(self.path)}
 
     @cached_property
@@ -185,13 +190,39 @@ class Recorder:
         return record
 
 
+def _whole_lines(text: str) -> str:
+    """A file's text without a last record that was cut off, by a kill or a full disk."""
+    head, newline, tail = text.rpartition("\n")
+    if not tail.startswith("{"):
+        return text
+    try:
+        Record.from_json(tail)
+    except UserError:
+        return head + newline
+    return text + "\n"
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+        raise UserError(str(path), why, "name another file") from None
+    except UnicodeDecodeError:
+        what = "is not a file of benchmark records"
+        raise UserError(str(path), what, "name a .jsonl file") from None
+
+
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """All records of a file, [] where there is none. Raises UserError naming a wrong line."""
+    """All records of a file, [] where there is none.
+
+    A last line that was cut off is passed over. Raises UserError naming a wrong line.
+    """
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_whole_lines(_text_of(path)).splitlines(), start=1):
         try:
             records.append(Record.from_json(line))
         except UserError as error:

@@ -85,9 +85,11 @@ class Load:
 
 
 def doubled(low: int, high: int) -> list[int]:
-    """Counts from `low` to at most `high`, each twice the one before."""
-    if low < 1 or high < low:
-        raise UserError(f"gpus {low} {high}", "must be two counts in order", "e.g. 8 4096")
+    """Counts from `low` to `high`, each twice the one before."""
+    if low < 1 or high < low or high % low or (high // low).bit_count() != 1:
+        raise UserError(
+            f"gpus {low} to {high}", "must be 1, 2, 4, 8, … times the smaller count", "e.g. 8 4096"
+        )
     return [low << step for step in range((high // low).bit_length())]
 
 

@@ -36,6 +36,8 @@ from ringattn.launch.step_model import busiest_rank
 from ringattn.masks import Mask
 from ringattn.selective import cheap_part
 
+LONGEST = 1 << 32
+"""Tokens of a sequence whose layout is planned."""
 LARGEST_GROUP = 64
 """Ranks of a context-parallel group where nothing is said."""
 
@@ -123,6 +125,8 @@ def simulate_step(
     """
     shape, where = shape_named(model), cluster_named(cluster)
     group = min(gpus, LARGEST_GROUP) if cp is None else cp
+    if not 1 <= seq_len <= LONGEST:
+        raise UserError(f"seq_len={seq_len}", f"must be 1 to {LONGEST}", "pass another")
     if group < 1 or gpus < 1 or gpus % group:
         raise UserError(f"cp={group}", f"must divide the {gpus} GPUs", "pass another cp")
     for name, value, known in (

@@ -33,7 +33,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="folder of the records, which it adds to (default bench_results)",
     )  # fmt: skip
     bench.add_argument(
-        "--ranks", type=int, nargs="+", metavar="P", help="numbers of ranks, without a launcher"
+        "--ranks", nargs="+", metavar="P", help="numbers of ranks, without a launcher"
     )
     bench.add_argument("--masks", nargs="+", metavar="MASK", help="names, or all, longca, ours")
     bench.add_argument("--methods", nargs="+", metavar="METHOD", help="names, or all")
@@ -53,6 +53,12 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     bench.set_defaults(run=_bench)
 
 
+def _count(word: str) -> int:
+    if not (word.isascii() and word.isdigit() and int(word)):
+        raise UserError(f"--ranks {word}", "must be numbers of ranks", "write --ranks 1 2 4")
+    return int(word)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from ringattn.benchmarks.suites.command import Request, bench
 
@@ -61,7 +67,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             f"--smoke --settings {arguments.settings}", "name two settings", "leave one out"
         )
     # Overrides that follow a list of names are taken for names.
-    lists = {name: getattr(arguments, name) for name in ("masks", "methods")}
+    lists = {name: getattr(arguments, name) for name in ("ranks", "masks", "methods")}
     late = [word for words in lists.values() if words for word in words if "=" in word]
     names = {k: v and tuple(w for w in v if "=" not in w) for k, v in lists.items()}
     return bench(
@@ -70,7 +76,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             settings=arguments.settings,
             out=arguments.out,
             launcher=arguments.launcher,
-            ranks=arguments.ranks and tuple(arguments.ranks),
+            ranks=names["ranks"] and tuple(_count(word) for word in names["ranks"]),
             masks=names["masks"],
             methods=names["methods"],
             peers=arguments.peers,

@@ -79,3 +79,34 @@ def test_no_home_folder_and_no_host_name(tmp_path: Path, monkeypatch: pytest.Mon
     )
     record = Recorder("r.jsonl").error("plan", "ring", "ms", f"node17: {Path.cwd()}/x.py failed")
     assert record.reason == "HOST: ./x.py failed"
+
+
+def test_a_last_record_that_was_cut_off_is_passed_over_and_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    recorder = Recorder(path)
+    recorder.ok("name", "first", 1.0, "s")
+    recorder.ok("name", "second", 2.0, "s")
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole[:-20], encoding="utf-8")
+    assert [record.case for record in read_records(path)] == ["first"]
+    again = Recorder(path)
+    assert again.has("name", "first")
+    assert not again.has("name", "second")
+    again.ok("name", "second", 2.0, "s")
+    assert [record.case for record in read_records(path)] == ["first", "second"]
+
+
+def test_a_last_record_without_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Recorder(path).ok("name", "first", 1.0, "s")
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    again = Recorder(path)
+    again.ok("name", "second", 2.0, "s")
+    assert [record.case for record in read_records(path)] == ["first", "second"]
+
+
+def test_what_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name, rule in (("binary.jsonl", "is not a file"), (".", "cannot be read")):
+        with pytest.raises(UserError, match=rule):
+            read_records(tmp_path / name)

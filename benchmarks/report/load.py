@@ -63,11 +63,7 @@ def _files(path: Path) -> Iterable[Path]:
 def _records(file: Path) -> list[Record]:
     try:
         records = read_records(file)
-    except OSError as error:
-        raise UserError(
-            str(file), f"cannot be read ({error.strerror})", "name another file"
-        ) from None
-    except (UnicodeDecodeError, OverflowError):
+    except OverflowError:
         raise UserError(
             str(file), "is not a file of benchmark records", "name a .jsonl file"
         ) from None

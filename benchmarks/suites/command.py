@@ -24,7 +24,7 @@ from ringattn.benchmarks.suites import (
 )
 from ringattn.benchmarks.suites.progress import Progress
 from ringattn.benchmarks.suites.ranks import AskedRanks, LaunchedRanks, LocalRanks, RanksError
-from ringattn.benchmarks.suites.settings import Settings, checked, load_settings
+from ringattn.benchmarks.suites.settings import Settings, checked, load_settings, used_sections
 from ringattn.errors import UserError
 from ringattn.launch.config import Config
 from ringattn.launch.config_load import config_from_values
@@ -97,6 +97,7 @@ def bench(request: Request) -> int:
 def resolved(request: Request) -> Settings:
     """The settings with everything that the request changes. Raises UserError."""
     settings = load_settings(request.settings, request.overrides)
+    _check_used(request)
     changes = {
         "ranks": request.ranks, "masks": request.masks, "peers": request.peers
     }  # fmt: skip
@@ -121,9 +122,30 @@ def resolved(request: Request) -> Settings:
     return checked(settings)
 
 
+def _check_used(request: Request) -> None:
+    """Refuses what would have no effect."""
+    if request.suite == "all":
+        return
+    if request.simulate and request.suite != "scaling":
+        raise UserError(
+            f"--simulate with {request.suite}", "only scaling can be simulated", "leave it out"
+        )
+    used = used_sections(request.suite, simulate=request.simulate)
+    for text in request.overrides:
+        section = text.partition(".")[0]
+        if section not in used:
+            what = f"bench {request.suite}" + " --simulate" * request.simulate
+            raise UserError(text, f"has no effect on {what}", f"set keys of {' and '.join(used)}")
+
+
 def _check_out(out: str) -> None:
     folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
         raise UserError(f"--out {out}", "is no writable folder", "name another")
 
 

@@ -11,6 +11,7 @@
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from ringattn.methods import METHODS
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 ALL_METHODS = (*METHODS, "auto")
+MOST_PACKS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +148,15 @@ class Settings:
 
     def command(self, suite: str, *more: str) -> str:
         """The command that measures a part of these settings again."""
-        words = ["ringattn bench", suite, f"--settings {self.name}", *self.overrides]
+        used = used_sections(suite, simulate=self.simulate)
+        mine = [text for text in self.overrides if text.partition(".")[0] in used]
+        words = ["ringattn bench", suite, f"--settings {self.name}", *mine]
         return " ".join([*words, *["--simulate"] * self.simulate, *more])
+
+
+def used_sections(suite: str, *, simulate: bool) -> tuple[str, ...]:
+    """Sections of the settings that a suite reads."""
+    return ("simulated",) if simulate and suite == "scaling" else ("common", suite)
 
 
 SECTIONS: Mapping[str, Any] = {
@@ -174,7 +183,11 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
             that no suite can work with.
     """
     path = _find(name)
-    content = parse_yaml(path.read_text(encoding="utf-8"), f"settings {name}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--settings {name}", "is no readable text", "give a YAML file") from None
+    content = parse_yaml(text, f"settings {name}")
     if content is None:
         content = {}
     if not isinstance(content, Mapping):
@@ -189,7 +202,7 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
         values |= {f"{section}.{key}": value for key, value in (entries or {}).items()}
     for text in overrides:
         key, separator, raw = text.partition("=")
-        if not separator:
+        if not separator or not key:
             raise UserError(
                 f"argument {text!r}", "is not key=value", "write methods.seq_len=[1024]"
             )
@@ -234,10 +247,20 @@ def checked(settings: Settings) -> Settings:
         "common.least": common.least, "common.timeout_s": common.timeout_s,
         "common.threads": common.threads, "kernels.seconds": settings.kernels.seconds,
         "common.ranks": min(common.ranks), "common.heads": min(common.heads),
+        "common.precision": common.precision, "common.reference": common.reference,
     }  # fmt: skip
     for key, value in positive.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{key}={value}", "must be positive", "pass more than 0")
+    if common.packs > MOST_PACKS:
+        raise UserError(f"common.packs={common.packs}", f"is over {MOST_PACKS}", "draw fewer")
+    for key, heads in (
+        ("common.heads", common.heads), *(("kernels.heads", h) for h in settings.kernels.heads)
+    ):  # fmt: skip
+        if heads[0] % heads[1]:
+            raise UserError(
+                f"{key}={list(heads)}", "query heads must be a multiple of key heads", "e.g. [8,2]"
+            )
     if common.most < common.least:
         raise UserError(
             f"common.most={common.most}", f"is less than common.least={common.least}", "raise it"
@@ -256,9 +279,12 @@ def checked(settings: Settings) -> Settings:
         if kernel not in ("all", *kernel_names()):
             known = ", ".join(("all", *kernel_names()))
             raise UserError(f"kernels.kernels={kernel}", "is not known", f"use some of {known}")
-    shortest = min(*settings.methods.seq_len, *settings.masks.seq_len, *settings.kernels.seq_len)
-    if shortest < LEAST:
-        raise UserError(f"seq_len={shortest}", f"must be at least {LEAST}", "pass more")
+    for name in ("methods", "masks", "kernels"):
+        lengths = getattr(settings, name).seq_len
+        if not lengths or min(lengths) < LEAST:
+            raise UserError(
+                f"{name}.seq_len={list(lengths)}", f"must be {LEAST} or more", "pass longer ones"
+            )
     return settings
 
 
