@@ -14,6 +14,8 @@ SUITES = ("kernels", "methods", "masks", "train", "scaling", "simulated")
 OWN = "ringattn"
 ERRORS = ("error_out", "error_lse", "error_dq", "error_dk", "error_dv")
 
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -78,9 +80,10 @@ class Cell:
         )
 
     def text(self, key: str) -> str:
-        """A value of the config as text; empty where there is none."""
+        """A value of the config as text; empty where there is none. A dtype by torch's name."""
         value = self.config.get(key)
-        return "" if value is None else str(value)
+        text = "" if value is None else str(value)
+        return _DTYPES.get(text, text) if key == "dtype" else text
 
     def whole(self, key: str) -> int:
         """A value of the config as a whole number; 0 where there is none."""
