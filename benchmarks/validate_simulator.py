@@ -11,6 +11,10 @@ group: rows, coverage (a row that cannot be predicted is a miss, listed with its
 how often the method that would be chosen is within 5 % of the best; out-of-memory verdicts, of the
 table's own rows and of steps that were timed and so fitted.
 
+A name that nobody knows is taken as a stated neighbour, and a count of GPUs that cannot be as the
+default; the report tells what was assumed in how many rows. Values and units that cannot be read,
+and values that cannot be, are listed and not scored. Lines are those of the file.
+
 Without further options the fit that comes with the package predicts all rows. A fit that has seen
 rows says little about them, so:
 
@@ -96,7 +100,7 @@ def _one(row: Published, fit: Calibration, prices: Prices) -> Scored:
         return Scored(row, predict(row, fit, prices).value)
     except UserError as error:
         return Scored(row, None, str(error))
-    except (ArithmeticError, LookupError, ValueError) as error:
+    except (ArithmeticError, LookupError, MemoryError, ValueError) as error:
         # A table that nobody has seen must not end the report; the row counts as a miss.
         return Scored(row, None, f"{type(error).__name__}: {error}")
 

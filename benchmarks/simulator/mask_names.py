@@ -10,6 +10,7 @@ from ringattn.benchmarks.calibration_rows import masks_for, typical_packs
 from ringattn.masks import Mask
 
 WINDOW, BLOCK, SPARSE = 1024, 1024, 0.4
+_CAUSAL = r"causal|tril|lower.?tri|autoregressive"
 
 
 @lru_cache(maxsize=256)
@@ -19,7 +20,7 @@ def masks_named(source: str, name: str, seq_len: int, gpus: int) -> tuple[Mask, 
     Lengths of documents are those of the source where it is known, else of MagiAttention's
     histogram. A window's width is the last number of its name, else 1,024.
     """
-    text = re.sub(r"[\s\-]+", "_", name.strip().lower())
+    text = _plain(name)
     kind = kind_named(text)
     if kind in ("full", "causal", "doc_full", "doc_causal"):
         return masks_for(source, kind, seq_len, gpus)
@@ -51,6 +52,12 @@ def _of_documents(kind: str, lengths: list[int]) -> Mask:
     return ra.masks.block_causal_documents(lengths, BLOCK)
 
 
+def is_known(name: str) -> bool:
+    """Whether a mask's name says what it is; `kind_named` takes any other for causal."""
+    text = _plain(name)
+    return kind_named(text) != "causal" or re.search(_CAUSAL, text) is not None
+
+
 def kind_named(text: str) -> str:
     """The kind of mask that a name in lower case, with underscores, stands for."""
     documents = re.search(r"doc|varlen|packed", text) is not None
@@ -77,7 +84,11 @@ def kind_named(text: str) -> str:
 
 def group_named(name: str) -> str:
     """What errors are reported by: "dense", "documents" or "other masks"."""
-    kind = kind_named(re.sub(r"[\s\-]+", "_", name.strip().lower()))
+    kind = kind_named(_plain(name))
     if kind in ("full", "causal"):
         return "dense"
     return "documents" if kind in ("doc_full", "doc_causal") else "other masks"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\-]+", "_", name.strip().lower())

@@ -15,6 +15,7 @@ from ringattn.benchmarks.simulator.memory_parts import (
 from ringattn.benchmarks.simulator.records import Published
 from ringattn.benchmarks.simulator.step_parts import is_forward_only, step_parts
 from ringattn.benchmarks.simulator.tables import entry_for
+from ringattn.benchmarks.simulator.values import is_timed
 from ringattn.errors import UserError
 
 SPEEDS = ("attention", "tokens", "seconds", "flops", "mfu")
@@ -61,8 +62,7 @@ def raw_speed(row: Published, prices: Prices) -> Prediction:
     Raises:
         UserError: the row lacks what a prediction needs; the message says what.
     """
-    if row.seq_len < 1:
-        raise UserError("seq_len", "is missing", "state the length")
+    _check_length(row)
     if row.kind == "attention":
         seconds, tflops = prices.seconds(row, attention_of(row), row.directions)
         parts = {"attention": seconds}
@@ -79,10 +79,19 @@ def raw_speed(row: Published, prices: Prices) -> Prediction:
     return Prediction(value, step.seconds)
 
 
+def _check_length(row: Published) -> None:
+    if row.seq_len >= 1:
+        return
+    if "seq_len" in row.impossible:
+        rule = f"cannot be {row.impossible['seq_len']!r}"
+        raise UserError("seq_len", rule, "state tokens, at most 2**40")
+    raise UserError("seq_len", "is missing", "state the length")
+
+
 def is_time(row: Published) -> bool:
     """Whether more is slower."""
     if row.kind == "attention":
-        return "time" in row.metric or row.unit.lower() in ("s", "ms", "us")
+        return is_timed(row.metric, row.unit)
     return row.kind == "seconds"
 
 
@@ -101,8 +110,7 @@ def raw(row: Published, prices: Prices) -> Prediction:
         return raw_speed(row, prices)
     if row.kind not in MEMORY:
         raise UserError(f"metric {row.metric!r}", "is unknown", "state a speed, time or memory")
-    if row.seq_len < 1:
-        raise UserError("seq_len", "is missing", "state the length")
+    _check_length(row)
     found = memory_parts(row, prices.figures)
     return Prediction(found.total, found.parts)
 

@@ -1,6 +1,7 @@
 """Rows of a table of published results, read leniently: what is not said has a stated default."""
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -10,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.benchmarks.simulator.tables import base_name, entry_for, memory_gib, same_hardware
+from ringattn.benchmarks.simulator.values import LONGEST, TIMES, read_value
 from ringattn.cost import load_cluster
 from ringattn.cost.step_shapes import ModelShape
 from ringattn.errors import UserError
 
-TIMES = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0}
-BYTES = {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20, "tib": 2**40, "bytes": 1.0}
 UNSPLIT, LONG = 16384, 65536
 """Tokens of a sequence up to which ranks need not share it, and up to which one pipeline stage of
 80 GiB GPUs is enough, where a table does not say."""
 MOST = 1e12
 """Counts above are slips of the pen."""
-_OOM = re.compile(r"oom|out.of.memory|fail|nan|^x$|true|^1$")
-_RAN = re.compile(r"^(ok|fits?|runs?|ran|pass(ed)?|no|false|0|trains?)$")
+SIZES = ("layers", "hidden", "heads_q", "heads_kv", "ffn", "vocab")
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,20 @@ class Published:
     """A row of the table.
 
     Attributes:
-        line: in the file, from 2. source, hardware, gpus, per_node: as in the table; per_node 0 is
-            not stated. model: its name. shape: its sizes; None for attention alone.
+        line: the row's last in the file, from 2.
+        source, hardware, gpus, per_node: as in the table; per_node 0 is not stated.
+        model: its name. shape: its sizes; None for attention alone.
         heads: of queries and of keys. head_dim: of one.
         dtype, seq_len, mask, method, checkpointing, metric, unit, note: as in the table.
         value: as a number in SI units (seconds, bytes, TFLOP/s, tokens/s, share); for verdicts 1
-            out of memory and 0 fits; None where it cannot be read.
+            out of memory and 0 fits; None where it cannot be read or cannot be.
+        unreadable: why there is no value; empty for metrics of an unknown kind.
         kind: what the figure is: "attention", "tokens", "seconds", "flops", "mfu", "memory",
             "verdict", "length" or "unknown".
         directions: of attention that were timed.
         split: ranks that the note says share what: cp, tp, pp, dp, batch and others by name.
+        impossible: cells of gpus and seq_len that hold no count that can be, as in the table.
+        sized: whether the model's name gave none of its sizes.
     """
 
     line: int
@@ -63,6 +66,9 @@ class Published:
     kind: str
     directions: tuple[str, ...] = ()
     split: Mapping[str, float] = field(default_factory=dict)
+    unreadable: str = ""
+    impossible: Mapping[str, str] = field(default_factory=dict)
+    sized: bool = True
 
     @property
     def run(self) -> tuple:
@@ -132,12 +138,16 @@ def read(path: str | Path) -> list[Published]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}", f"cannot be read ({error})", "give a CSV file") from None
-    reader = csv.DictReader(text.splitlines())
-    names = [(name or "").strip().lower() for name in reader.fieldnames or []]
-    if not {"metric", "value"} <= set(names):
-        raise UserError(f"{file}", "has no columns metric and value", "give the table of results")
-    reader.fieldnames = names
-    return [parse_row(index, entry) for index, entry in enumerate(reader, start=2)]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        names = [(name or "").strip().lower() for name in reader.fieldnames or []]
+        if not {"metric", "value"} <= set(names):
+            raise UserError(f"{file}", "has no columns metric and value", "give a table of results")
+        reader.fieldnames = names
+        # The inner reader's count: DictReader's own stops at blank lines that it skips.
+        return [parse_row(reader.reader.line_num, entry) for entry in reader]
+    except csv.Error as error:
+        raise UserError(f"{file}", f"is no CSV ({error})", "give a CSV file") from None
 
 
 def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
@@ -167,16 +177,26 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
             vocab_size=_int(entry.get("vocab"), known["vocab"]),
             tied=False,
         )
-    seq_len = _corrected(note) or _int(entry.get("seq_len"), 0)
+    seq_len = _corrected(note) or _int(entry.get("seq_len"), 0, LONGEST)
     kind, directions = kind_of(metric, unit, alone)
     if re.search(r"^(oom|fail|out of memory)", entry.get("value", "").lower()):
         kind, directions = "verdict", ()  # in the place of a figure
-    value = _value(entry.get("value", ""), unit, kind)
+    value, unreadable = None, ""
+    if kind != "unknown":
+        try:
+            value = read_value(entry.get("value", ""), unit, kind, metric)
+        except ValueError as error:
+            unreadable = str(error)
     if kind == "memory" and value is not None and unit.lower() == "gb":
         system = entry_for("sources", f"{entry.get('source', '')} | {method}")
         value *= float(system.get("gb", 1e9)) / 1e9
     if kind == "length" and not seq_len:
         seq_len = int(value or 0)
+    impossible = {
+        name: entry[name]
+        for name, most in (("gpus", MOST), ("seq_len", LONGEST))
+        if entry.get(name) and not _int(entry[name], 0, most)
+    }
     return Published(
         line=line, source=entry.get("source", ""), hardware=entry.get("hardware", ""),
         gpus=max(1, _int(entry.get("gpus"), _int(entry.get("gpus_per_node"), 8))),
@@ -185,6 +205,8 @@ def parse_row(line: int, raw: Mapping[Any, Any]) -> Published:
         seq_len=seq_len, mask=entry.get("mask", "") or "causal", method=method,
         checkpointing=entry.get("checkpointing", ""), metric=metric, unit=unit, note=note,
         value=value, kind=kind, directions=directions, split=split,
+        unreadable=unreadable, impossible=impossible,
+        sized=alone or all(_int(entry.get(name), 0) for name in SIZES),
     )  # fmt: skip
 
 
@@ -230,41 +252,16 @@ def memory_named(hardware: str) -> float:
     return memory_gib(hardware, load_cluster(base_name(hardware)))
 
 
-def _int(text: Any, default: int) -> int:
+def _int(text: Any, default: int, most: float = MOST) -> int:
     """A count, also with K or M for powers of 1,024; the default where a cell holds none that
-    could be meant."""
+    could be meant, from 1 to `most`."""
     plain = str(text).replace(",", "").strip().lower()
     factor = {"k": 2**10, "m": 2**20}.get(plain[-1:], 1)
     try:
         number = float(plain.rstrip("km")) * factor
     except ValueError:
         return int(default)
-    return int(number) if 1 <= number <= MOST else int(default)
-
-
-def _value(text: str, unit: str, kind: str) -> float | None:
-    """A figure in SI units; see `Published.value`."""
-    plain = text.strip().lower()
-    if kind == "verdict":
-        if _RAN.search(plain):
-            return 0.0
-        return 1.0 if _OOM.search(plain) else None
-    try:
-        value = float(plain.replace(",", "").rstrip("%"))
-    except ValueError:
-        return None
-    if not math.isfinite(value):
-        return None
-    name = unit.lower().split("/")[0].strip()
-    if kind == "memory":
-        return value * BYTES.get(name, 2**30)
-    if kind == "mfu":
-        return value / 100 if "%" in unit or "%" in text or value > 1.5 else value
-    if name in TIMES and kind in ("attention", "seconds"):
-        return value * TIMES[name]
-    if "pflop" in name:
-        return value * 1000
-    return value if value > 0 else None
+    return int(number) if 1 <= number <= most else int(default)
 
 
 _NUMBERS = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ringattn.benchmarks.simulator.assumptions import assumptions
 from ringattn.benchmarks.simulator.mask_names import group_named
 from ringattn.benchmarks.simulator.predict import is_time
 from ringattn.benchmarks.simulator.records import Published
@@ -54,7 +55,11 @@ def score(found: Sequence[Scored]) -> dict[str, Any]:
 
     `groups` maps a group to rows, predicted, coverage, median, p90 and bias; `ranking` to pairs and
     choices; `verdicts` to shares of verdicts that are right; `misses` lists rows and reasons.
+    `unreadable` lists rows whose figure cannot be read or cannot be; nothing else counts them.
+    `assumed` lists what stands for names that nobody knows; see `assumptions`.
     """
+    unreadable = [s.row for s in found if s.row.unreadable]
+    found = [s for s in found if not s.row.unreadable]
     kinds: dict[str, list[Scored]] = defaultdict(list)
     for one in found:
         kinds[group_of(one.row)].append(one)
@@ -66,12 +71,21 @@ def score(found: Sequence[Scored]) -> dict[str, Any]:
         "groups": {name: _errors(mine) for name, mine in sorted(kinds.items())},
         "ranking": _rankings(speeds),
         "verdicts": _verdicts(found),
-        "misses": [
-            {"line": s.row.line, "metric": s.row.metric, "reason": s.reason}
-            for s in found
-            if s.value is None
-        ],
+        "misses": _listed([(s.row, s.reason) for s in found if s.value is None]),
+        "unreadable": _listed([(row, row.unreadable) for row in unreadable]),
+        "assumed": _assumed(found),
     }
+
+
+def _listed(found: Iterable[tuple[Published, str]]) -> list[dict[str, Any]]:
+    """Rows and reasons, each once: a step that was timed is held against its verdict too."""
+    known = dict.fromkeys((row.line, row.metric, reason) for row, reason in found)
+    return [{"line": line, "metric": metric, "reason": why} for line, metric, why in known]
+
+
+def _assumed(found: Iterable[Scored]) -> list[dict[str, Any]]:
+    lines = {s.row.line: assumptions(s.row) for s in found}
+    return [{"line": line, "assumed": list(told)} for line, told in lines.items() if told]
 
 
 def _errors(found: Sequence[Scored]) -> dict[str, Any]:

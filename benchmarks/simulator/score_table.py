@@ -1,11 +1,12 @@
 """The report of `score` as text."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 
 def table(result: Mapping[str, Any], title: str) -> str:
-    """Errors, ranking, verdicts and misses, one line each."""
+    """Errors, ranking, verdicts, rows that are not scored, and assumptions, one line each."""
     lines = [
         title,
         f"  {'group':28} {'rows':>5} {'covered':>8} {'median':>7} {'p90':>7} {'bias':>7}",
@@ -29,6 +30,10 @@ def table(result: Mapping[str, Any], title: str) -> str:
         )
     for miss in result["misses"]:
         lines.append(f"  line {miss['line']} ({miss['metric']}) not predicted: {miss['reason']}")
+    for one in result["unreadable"]:
+        lines.append(f"  line {one['line']} ({one['metric']}) not scored: {one['reason']}")
+    told = Counter(text for one in result["assumed"] for text in one["assumed"])
+    lines += [f"  assumed, {rows} rows: {text}" for text, rows in told.items()]
     return "\n".join(lines)
 
 

@@ -39,6 +39,11 @@ def entry_for(name: str, text: str) -> Mapping[str, Any]:
     raise UserError(f"calibration table {name}", "has no last entry", "add one that matches all")
 
 
+def is_known(name: str, text: str) -> bool:
+    """Whether a table has an entry for a text that does not match every name."""
+    return entry_for(name, text)["match"] != ""
+
+
 def hardware(text: str, base: Cluster, node: int) -> Cluster:
     """The cluster that a hardware name stands for.
 

@@ -223,3 +223,96 @@ def test_names_and_cells_that_nobody_knows_are_predicted(tmp_path, capsys, seed)
     found = run(capsys, str(write(tmp_path / "t.csv", *[ATTENTION | row for row in rows])))
     assert not found["misses"]
     assert all(0 < row["predicted"] < float("inf") for row in found["rows"])
+
+
+def test_names_that_nobody_knows_are_predicted_and_told(tmp_path, capsys):
+    unsized = {"layers": "", "hidden": ""}
+    path = write(
+        tmp_path / "t.csv",
+        ATTENTION,
+        ATTENTION | {"hardware": "z900", "method": "warpdrive", "mask": "spiral"},
+        ATTENTION | {"hardware": "z900", "gpus": "0"},
+        STEP | {"model": "gizmo", "checkpointing": "magic"},  # its sizes are stated
+        STEP | {"model": "gizmo"} | unsized,
+        STEP | {"model": "llama-7b"} | unsized,
+        ATTENTION | {"hardware": "", "method": "", "mask": "", "gpus": ""},
+    )
+    found = run(capsys, str(path))
+    assert not found["misses"]
+    h100 = "hardware 'z900' as h100_sxm"
+    assert {one["line"]: one["assumed"] for one in found["assumed"]} == {
+        3: [h100, "method 'warpdrive' as ring", "mask 'spiral' as causal"],
+        4: [h100, "gpus taken as 8 (stated '0')"],
+        5: ["checkpointing 'magic' as none"],
+        6: ["model 'gizmo' as llama-7b"],
+    }
+    assert validator.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count(f"  assumed, 2 rows: {h100}") == 1
+    assert len([line for line in lines if "assumed, " in line]) == 6
+
+
+@pytest.mark.parametrize("kind", ["tokens_per_s_per_gpu", "step_time", "peak_memory", "mfu"])
+def test_values_that_cannot_be_are_listed_and_not_scored(tmp_path, capsys, kind):
+    values = ("abc", "nan", "inf", "-4", "0", "1e-320", "5 apples", "")
+    good = STEP | {"metric": kind, "unit": "", "value": "0.5"}
+    path = write(tmp_path / "t.csv", good, *(good | {"value": value} for value in values))
+    found = run(capsys, str(path))
+    for line, (value, told) in enumerate(zip(values, found["unreadable"], strict=True), start=3):
+        assert (told["line"], told["metric"]) == (line, kind)
+        assert told["reason"].startswith(f"value {value!r}" if value else "value is empty")
+    assert all(group["rows"] == 1 for group in found["groups"].values())
+    assert not found["misses"]
+    assert validator.main([str(path)]) == 0
+    assert f"  line 3 ({kind}) not scored: value 'abc' is no number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["maybe", "nan", ""])
+def test_verdicts_that_cannot_be_read_are_listed_and_not_scored(value):
+    rows = [_parsed(STEP | {"metric": "oom", "unit": "", "value": v}) for v in ("OOM", value)]
+    result = score([Scored(row, 2.0) for row in rows])
+    assert result["groups"]["out of memory"]["rows"] == result["verdicts"]["all"]["rows"] == 1
+    assert [one["metric"] for one in result["unreadable"]] == ["oom"]
+
+
+@pytest.mark.parametrize(
+    ("row", "units", "unknown"),
+    [
+        (STEP | {"metric": "step_time"}, {"ms/step": 1e-3, "s": 1, "": 1}, "fortnights"),
+        (STEP | {"metric": "peak_memory"}, {"MiB per GPU": 2**20, "": 2**30}, "pages"),
+        (STEP | {"metric": "mfu"}, {"%": 0.01, "": 0.01, "fraction": 0.01}, "furlongs"),
+        (STEP, {"tokens/GPU/s": 1, "tok/s": 1, "tokens per second": 1, "": 1}, "samples/s"),
+        (STEP, {"": 1}, "s"),
+        (STEP | {"metric": "model_tflops"}, {"PFLOP/s": 1e3, "TFLOPS": 1, "": 1}, "GW"),
+        (STEP | {"metric": "max_seq_len"}, {"tokens": 1, "": 1}, "pages"),
+        (ATTENTION, {"TFLOP/s/GPU": 1, "iter/s": 1, "ms": 1e-3, "": 1}, "fortnights"),
+        (ATTENTION | {"metric": "fwd_time"}, {"us": 1e-6, "": 1}, "TFLOP/s"),
+    ],
+)
+def test_units_that_nobody_knows_are_not_scored(row, units, unknown):
+    for unit, factor in units.items():
+        found = _parsed(row | {"unit": unit, "value": "40"})
+        assert (found.unreadable, found.value) == ("", pytest.approx(40 * factor)), unit
+    found = _parsed(row | {"unit": unknown, "value": "40"})
+    assert (found.unreadable, found.value) == (f"unit {unknown!r} is unknown", None)
+
+
+def test_a_step_that_is_missed_is_listed_once(tmp_path, capsys):
+    found = run(capsys, str(write(tmp_path / "t.csv", STEP | {"seq_len": ""})))
+    assert [miss["line"] for miss in found["misses"]] == [2]
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('metric,value,note\n\nmfu,0.4,"a\nb"\n\n\nmfu,0.5,\n')
+    assert [(row.line, row.note) for row in read(path)] == [(4, "a\nb"), (7, "")]
+
+
+@pytest.mark.parametrize("kind", [ATTENTION, STEP, STEP | {"metric": "peak_memory", "unit": "GB"}])
+@pytest.mark.parametrize("length", ["-5", "1e30", "1099511627777", "nan", "long"])
+def test_a_length_that_cannot_be_is_not_called_missing(kind, length):
+    (found,) = validator.predicted(
+        [_parsed(kind | {"seq_len": length})], validator.load_calibration()
+    )
+    assert found.reason.startswith(f"seq_len: cannot be {length!r};")
+    assert _parsed(kind | {"seq_len": "1099511627776"}).seq_len == 2**40
