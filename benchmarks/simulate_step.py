@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 import ringattn as ra
-from ringattn.benchmarks.simulator.mask_names import masks_named
+from ringattn.benchmarks.simulator.mask_names import is_known, masks_named
 from ringattn.benchmarks.simulator.tables import entry_for
 from ringattn.cost import Cluster, Survey, load_cluster, price_survey, survey
 from ringattn.cost.attention_memory import attention_bytes
@@ -204,7 +204,11 @@ def planned(
 
 @lru_cache(maxsize=64)
 def _mask(name: str, seq_len: int, group: int) -> Mask:
-    """A mask by name; of several packs the middle one."""
+    """A mask by name; of several packs the middle one. Raises UserError for an unknown name."""
+    if not is_known(name):
+        raise UserError(
+            f"mask={name!r}", "is unknown", "name its kind, as causal, doc_causal or window_1024"
+        )
     found = masks_named("", name, seq_len, group)
     return found[len(found) // 2]
 

@@ -67,8 +67,8 @@ def _factor(unit: str, kind: str, metric: str) -> float:
     factor: float | None = None
     if kind == "memory":
         factor = BYTES.get(name or "gib")
-    elif kind == "mfu" and plain in _SHARES:
-        factor = 0.01 if plain in ("%", "percent") else 1.0
+    elif kind == "mfu" and (plain in _SHARES or plain.startswith(("%", "percent"))):
+        factor = 0.01 if plain.startswith(("%", "percent")) else 1.0
     elif kind == "seconds" or (kind == "attention" and is_timed(metric, unit)):
         factor = TIMES.get(name or "s")
     elif kind in ("attention", "flops"):

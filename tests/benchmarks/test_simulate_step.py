@@ -46,6 +46,8 @@ def test_what_is_checkpointed_costs_time_and_saves_memory():
         ({"checkpointing": "some"}, "checkpointing"),
         ({"model": "unheard-of"}, "model"),
         ({"method": "teleport"}, "method"),
+        ({"mask": "nomask"}, "nomask"),
+        ({"seq_len": 1 << 40}, "seq_len"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, word):
