@@ -13,6 +13,7 @@ is killed, so that the next test starts from fresh processes.
 
 import atexit
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -206,6 +207,19 @@ def _answer(rank: int, world_size: int, call: bytes, broken: str | None) -> byte
         return pickle.dumps((True, fn(rank, world_size, dist.group.WORLD, *args, **kwargs)))
     except BaseException:  # a failed assertion, SystemExit and pytest's own outcomes are all news
         return pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
+    finally:
+        _end_groups()
+
+
+def _end_groups() -> None:
+    """Ends the groups that a call has made: each has threads that wake many times a second, and
+    those of some hundred calls together take both cores of a small machine."""
+    made = [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]
+    for group in made:
+        dist.destroy_process_group(group)
+    if made:
+        del group, made
+        gc.collect()
 
 
 _PRELOAD: list[str] = []
