@@ -215,10 +215,9 @@ def _end_groups() -> None:
     """Ends the groups that a call has made: each has threads that wake many times a second, and
     those of some hundred calls together take both cores of a small machine."""
     made = [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]
-    for group in made:
-        dist.destroy_process_group(group)
     if made:
-        del group, made
+        while made:
+            dist.destroy_process_group(made.pop())
         gc.collect()
 
 
