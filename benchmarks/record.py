@@ -113,11 +113,10 @@ class Recorder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.exists():
-            text = _text_of(self.path)
-            if (whole := _whole_lines(text)) != text:
-                self.path.write_text(whole, encoding="utf-8")
-        self._done = {(r.name, r.case) for r in read_records(self.path)}
+        text = _text_of(self.path)
+        if (whole := _whole_lines(text)) != text:
+            self.path.write_text(whole, encoding="utf-8")
+        self._done = {(r.name, r.case) for r in _records(whole, self.path.name)}
 
     @cached_property
     def _machine(self) -> dict[str, Any]:
@@ -203,6 +202,9 @@ def _whole_lines(text: str) -> str:
 
 
 def _text_of(path: Path) -> str:
+    """A file's text; "" where there is none."""
+    if not path.exists():
+        return ""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -219,14 +221,16 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     A last line that was cut off is passed over. Raises UserError naming a wrong line.
     """
     path = Path(path)
-    if not path.exists():
-        return []
+    return _records(_whole_lines(_text_of(path)), path.name)
+
+
+def _records(text: str, name: str) -> list[Record]:
     records = []
-    for number, line in enumerate(_whole_lines(_text_of(path)).splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             records.append(Record.from_json(line))
         except UserError as error:
-            raise UserError(f"{path.name}:{number}: {error.what}", error.rule, error.fix) from None
+            raise UserError(f"{name}:{number}: {error.what}", error.rule, error.fix) from None
     return records
 
 

@@ -30,13 +30,14 @@ import torch.multiprocessing as mp
 
 from ringattn.parallel.processes import exit_with_parent
 
+TIMEOUT = 500.0  # seconds of a call or a command: a hang, never a busy machine
 GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
 PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "numpy", "ringattn.launch.trainer")
 COLLECTIVE_TIMEOUT = timedelta(seconds=900)  # longer than any test: the pool's own timeout rules
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 500.0, **kwargs: Any
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **kwargs: Any
 ) -> list[Any]:
     """Runs ``fn(rank, world_size, group, *args, **kwargs)`` on every rank; returns their results.
 

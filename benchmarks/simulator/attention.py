@@ -20,6 +20,7 @@ from ringattn.benchmarks.simulator.mask_names import masks_named
 from ringattn.benchmarks.simulator.records import Published
 from ringattn.benchmarks.simulator.tables import base_name, entry_for, hardware
 from ringattn.cost import Cluster, Survey, price_survey, survey
+from ringattn.cost.kernel_time import partial_share
 from ringattn.errors import UserError
 from ringattn.schedule import Direction
 
@@ -89,11 +90,30 @@ def kernel_of(row: Published) -> str:
     return "cudnn" if "nemo" in row.source.lower() else "fa2" if row.shape else "fa3_unfused"
 
 
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """One direction of a plan, counted.
+
+    Attributes:
+        survey: what it asks for. partial: as in `ringattn.cost.kernel_time.partial_share`.
+    """
+
+    survey: Survey
+    partial: float
+
+
+def counted_in(call: Attention, directions: Sequence[str]) -> list[list[Counted]]:
+    """A call's plans in some directions: one entry per mask, one of each direction."""
+    alone = call.world == 1 and len(directions) == 1
+    both = counted_of(call, tuple(directions) if alone else DIRECTIONS)
+    return [[one for one in found if one.survey.direction in directions] for found in both]
+
+
 @lru_cache(maxsize=1024)
-def surveys_of(
+def counted_of(
     call: Attention, directions: tuple[Direction, ...]
-) -> tuple[tuple[Survey, ...], ...]:
-    """Surveys of a call's plans: one entry per mask, one survey per direction."""
+) -> tuple[tuple[Counted, ...], ...]:
+    """A call's plans: one entry per mask, one of each direction."""
     found = []
     for mask in masks_named(call.source, call.mask, call.seq_len, call.gpus):
         schedules = None
@@ -111,7 +131,12 @@ def surveys_of(
         if schedules is None:
             raise UserError(f"{call.plan} over {call.world} ranks", "cannot be planned", "no plan")
         blocks = {"forward": (128, 128), "backward": (64, 128)}
-        found.append(tuple(survey(s, *blocks[s.direction]) for s in schedules))
+        found.append(
+            tuple(
+                Counted(survey(s, *blocks[s.direction]), partial_share(s, *blocks[s.direction]))
+                for s in schedules
+            )
+        )
     return tuple(found)
 
 
@@ -144,10 +169,9 @@ class Prices:
         cluster = self.cluster(row, node)
         key = (call, tuple(directions), node, entry_key(row), self._state(row, directions))
         if key not in self._known:
-            both = DIRECTIONS if call.world > 1 or len(directions) > 1 else tuple(directions)
             times, speeds = [], []
-            for found in surveys_of(call, tuple(both)):
-                mine = [s for s in found if s.direction in directions]
+            for found in counted_in(call, directions):
+                mine = [one.survey for one in found]
                 curves = cluster.kernels[cluster.kernel]
                 spent = sum(
                     price_survey(s, cluster, curves.curve(s.direction)).seconds for s in mine
@@ -158,16 +182,11 @@ class Prices:
         return self._known[key]
 
 
-def partial_share(row: Published) -> float:
-    """Share of the computed pairs of a row's attention that lie in tiles which an edge of the mask
-    cuts: kernels run these at another speed than whole tiles."""
-    call = attention_of(row)
-    both = DIRECTIONS if call.world > 1 or len(row.directions) > 1 else row.directions
-    loads = [
-        s.load for found in surveys_of(call, tuple(both)) for s in found
-        if s.direction in row.directions
-    ]  # fmt: skip
-    return float(np.mean([load.partial.sum() / max(load.pairs.sum(), 1.0) for load in loads]))
+def partial_of(row: Published) -> float:
+    """Share of the computed pairs of a row's attention in tiles which an edge of the mask cuts,
+    the mean: kernels run these at another speed than whole tiles."""
+    counted = counted_in(attention_of(row), row.directions)
+    return float(np.mean([one.partial for found in counted for one in found]))
 
 
 def figures_of(row: Published, directions: Sequence[str]) -> list[str]:

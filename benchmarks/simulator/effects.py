@@ -9,9 +9,10 @@ an effect has one value, whoever shares it.
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from ringattn.benchmarks.simulator.attention import Prices, attention_of, kernel_of, partial_share
+from ringattn.benchmarks.simulator.attention import Prices, attention_of, kernel_of, partial_of
 from ringattn.benchmarks.simulator.figures import Figures, defaults
 from ringattn.benchmarks.simulator.mask_names import group_named, kind_named
 from ringattn.benchmarks.simulator.records import Published
@@ -32,7 +33,6 @@ MEMORY = ("memory", "verdict", "length")
 def words(row: Published) -> dict[str, str]:
     """What a row has in common with others, by kind."""
     directions = "+".join(row.directions)
-    mask = kind_named(re.sub(r"[\s\-]+", "_", row.mask.strip().lower()))
     hardware = same_hardware(row.hardware)
     # Rows of one source that differ in a stated switch (compiled, offloaded) are of other settings.
     switches = re.findall(
@@ -42,7 +42,7 @@ def words(row: Published) -> dict[str, str]:
         "source": row.source.split("(")[0].strip(),
         "method": row.method if row.kind == "attention" else row.family,
         "direction": directions or "step",
-        "mask": mask,
+        "mask": kind_named(row.mask),
         "group": group_named(row.mask),
         "hardware": hardware,
         "kernel": kernel_of(row),
@@ -66,7 +66,7 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
         single = row.gpus == 1
         sizes = {"attention": 1.0, "ranks": 0.0 if single else math.log2(row.gpus / 16)}
         if row.seq_len > 0 and own["group"] != "documents":
-            sizes["partial"] = partial_share(row)
+            sizes["partial"] = partial_of(row)
         if own["group"] == "dense" and not single and row.seq_len > 0:
             sizes["start"] = _start(row)
     elif row.kind in MEMORY:
@@ -81,15 +81,22 @@ def effects_of(row: Published) -> dict[str, tuple[float, float]]:
         }
     scale = DOCUMENTS if own["group"] == "documents" else 1.0
     for kind, weight in sizes.items():
+        if not weight:
+            continue
         for names, spread in table[kind].items():
-            by_direction = "direction" in names.split() and len(row.directions) > 1
-            shares = DIRECTION_SHARES if by_direction else {own["direction"]: 1.0}
-            for direction, share in shares.items():
-                mine = own | {"direction": direction}
-                label = " ".join(f"{name}={mine[name]}" for name in names.split())
-                if weight:
-                    found[f"{kind}: {label}"] = weight * scale * share, float(spread)
+            for label, share in _labels(names.split(), own, row.directions):
+                found[f"{kind}: {label}"] = weight * scale * share, float(spread)
     return found
+
+
+def _labels(
+    names: Sequence[str], own: Mapping[str, str], directions: Sequence[str]
+) -> Iterator[tuple[str, float]]:
+    """What an effect is called, with its share: one for each direction that a row holds."""
+    split = "direction" in names and len(directions) > 1
+    for direction, share in (DIRECTION_SHARES if split else {own["direction"]: 1.0}).items():
+        mine = {**own, "direction": direction}
+        yield " ".join(f"{name}={mine[name]}" for name in names), share
 
 
 @lru_cache(maxsize=1)

@@ -113,7 +113,7 @@ def linearise(rows: Sequence[Published], figures: Figures) -> Linear:
         at=np.log([figures[name] for name in names]),
         error=np.array(errors),
         slope=slope,
-        noise=np.array([noise_of(row) for row in kept]),
+        noise=np.array([noise_of(row) * (SUSPECT if row.says("suspect") else 1) for row in kept]),
         effects=tuple(spreads),
         spreads=np.array(list(spreads.values())),
         weights=weights,
@@ -131,9 +131,7 @@ def solve(model: Linear, use: np.ndarray) -> Calibration:
     # Unknowns in units of their prior deviations: figures from the prior, effects from zero.
     design = np.hstack([model.slope * spread, model.weights])[use]
     offset = (model.error + model.slope @ (centre - model.at))[use]
-    noise = model.noise[use] * np.array(
-        [SUSPECT if model.rows[i].says("suspect") else 1.0 for i in use]
-    )
+    noise = model.noise[use]
     gram = design @ design.T
     count = np.ones(len(use))
     # Verdicts pull only where they are violated: over the limit, or under it.

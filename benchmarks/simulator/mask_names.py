@@ -20,8 +20,7 @@ def masks_named(source: str, name: str, seq_len: int, gpus: int) -> tuple[Mask, 
     Lengths of documents are those of the source where it is known, else of MagiAttention's
     histogram. A window's width is the last number of its name, else 1,024.
     """
-    text = _plain(name)
-    kind = kind_named(text)
+    text, kind = _plain(name), kind_named(name)
     if kind in ("full", "causal", "doc_full", "doc_causal"):
         return masks_for(source, kind, seq_len, gpus)
     numbers = [int(part) for part in re.findall(r"\d+", text)]
@@ -54,12 +53,12 @@ def _of_documents(kind: str, lengths: list[int]) -> Mask:
 
 def is_known(name: str) -> bool:
     """Whether a mask's name says what it is; `kind_named` takes any other for causal."""
+    return kind_named(name) != "causal" or re.search(_CAUSAL, _plain(name)) is not None
+
+
+def kind_named(name: str) -> str:
+    """The kind of mask that a name stands for; case, blanks and dashes do not matter."""
     text = _plain(name)
-    return kind_named(text) != "causal" or re.search(_CAUSAL, text) is not None
-
-
-def kind_named(text: str) -> str:
-    """The kind of mask that a name in lower case, with underscores, stands for."""
     documents = re.search(r"doc|varlen|packed", text) is not None
     if re.search(r"window|swa|sliding", text):
         if "global" in text:
@@ -84,7 +83,7 @@ def kind_named(text: str) -> str:
 
 def group_named(name: str) -> str:
     """What errors are reported by: "dense", "documents" or "other masks"."""
-    kind = kind_named(_plain(name))
+    kind = kind_named(name)
     if kind in ("full", "causal"):
         return "dense"
     return "documents" if kind in ("doc_full", "doc_causal") else "other masks"

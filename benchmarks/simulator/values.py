@@ -21,7 +21,7 @@ _RATE = re.compile(r"((it|iter|iteration|call|step)s?|1)/s(ec|econd)?|hz")
 _TOKENS = frozenset(
     ("", "1", "tgs", "tok", "token", "tokens", "s", "sec", "second", "gpu", "rank", "device")
 )
-_SHARES = ("", "%", "percent", "share", "fraction", "ratio", "mfu", "hfu", "1")
+_SHARES = ("", "share", "fraction", "ratio", "mfu", "hfu", "1")
 
 
 def unit_name(unit: str) -> str:
@@ -54,7 +54,7 @@ def read_value(text: str, unit: str, kind: str, metric: str) -> float:
     except ValueError:
         raise ValueError(f"value {text!r} is no number") from None
     if kind == "mfu" and ("%" in text or number > 1.5) and unit.strip().lower() in _SHARES:
-        unit = "%"
+        unit = "%"  # a percentage whose unit does not say so
     value = number * _factor(unit, kind, metric)
     if not LEAST < value < (LONGEST + 1 if kind == "length" else MOST):
         raise ValueError(f"value {text!r} cannot be")
@@ -67,8 +67,10 @@ def _factor(unit: str, kind: str, metric: str) -> float:
     factor: float | None = None
     if kind == "memory":
         factor = BYTES.get(name or "gib")
-    elif kind == "mfu" and (plain in _SHARES or plain.startswith(("%", "percent"))):
-        factor = 0.01 if plain.startswith(("%", "percent")) else 1.0
+    elif kind == "mfu" and plain.startswith(("%", "percent")):
+        factor = 0.01
+    elif kind == "mfu" and plain in _SHARES:
+        factor = 1.0
     elif kind == "seconds" or (kind == "attention" and is_timed(metric, unit)):
         factor = TIMES.get(name or "s")
     elif kind in ("attention", "flops"):

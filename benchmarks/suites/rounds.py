@@ -129,17 +129,17 @@ class Unit:
         launched = self.ranks.worlds is not None
         return marked(self.recorder, launched, f"bench.{self.suite}", UNIT, cases)
 
-    def _request(self, entrant: Entrant, judge: Judge) -> dict[str, Any]:
+    def _request(self, entrant: Entrant, sample: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
             "do": "prepare", "problem": asdict(self.problem), "entrant": asdict(entrant),
-            "sample": judge.sample,
+            "sample": sample,
         }  # fmt: skip
 
     def _prepare(self, outcome: Outcome, judge: Judge, show: Callable[[str], None]) -> None:
         show(f"{self.problem.mask} on {self.world}: {outcome.entrant.key}")
         try:
             with self._marked(outcome):
-                answers = self.ranks.ask(self.world, self._request(outcome.entrant, judge))
+                answers = self.ranks.ask(self.world, self._request(outcome.entrant, judge.sample))
         except RanksError as error:
             outcome.stop("error", _about(str(error)))
             if error.fatal:
@@ -177,10 +177,7 @@ class Unit:
             return None
         try:
             if self._base_lives != self.ranks.lives(self.world):
-                request = {
-                    "do": "prepare", "problem": asdict(self.problem),
-                    "entrant": asdict(BASELINE), "sample": _NOTHING,
-                }  # fmt: skip
+                request = self._request(BASELINE, _NOTHING)
                 if "refused" in self.ranks.ask(self.world, request)[0]:
                     return None
                 self._base_lives = self.ranks.lives(self.world)
@@ -197,11 +194,7 @@ class Unit:
         try:
             if outcome.lives != self.ranks.lives(self.world):
                 # Its ranks died of somebody else.
-                request = {
-                    "do": "prepare", "problem": asdict(self.problem),
-                    "entrant": asdict(outcome.entrant), "sample": _NOTHING,
-                }  # fmt: skip
-                self.ranks.ask(self.world, request)
+                self.ranks.ask(self.world, self._request(outcome.entrant, _NOTHING))
                 outcome.lives = self.ranks.lives(self.world)
             with self._marked(outcome):
                 times = self._ask(self.world, do="time", key=key, flush=self.common.flush)

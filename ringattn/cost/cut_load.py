@@ -42,7 +42,6 @@ def cut_load(schedule: Schedule, kernel: str) -> Load:
             merged[where] += elements
     return Load(
         pairs=sums["pairs"] * rate,
-        partial=np.zeros(shape),
         rows=sums["rows"] * rate,
         keys=sums["keys"] * rate,
         tiles=sums["calls"],

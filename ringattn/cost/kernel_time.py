@@ -25,7 +25,6 @@ class Load:
 
     Attributes:
         pairs: FLOPs of the pairs in blocks that are touched, over all heads.
-        partial: of these, in tiles of which the mask allows only some pairs; not part of a time.
         rows, keys: FLOPs of one pair for each block row and each key, over all heads.
         tiles, launches: how many.
         longest: FLOPs of the longest block of each launch.
@@ -35,7 +34,6 @@ class Load:
     """
 
     pairs: np.ndarray
-    partial: np.ndarray
     rows: np.ndarray
     keys: np.ndarray
     tiles: np.ndarray
@@ -123,6 +121,16 @@ def computed_pairs(
     return pairs
 
 
+def partial_share(schedule: Schedule, block_rows: int, block_keys: int) -> float:
+    """Share of the computed pairs that lie in tiles of which the mask allows only some pairs."""
+    tasks = schedule.tasks
+    bands = bands_of(tasks)
+    pairs = computed_pairs(tasks, schedule.matrices, block_rows, block_keys).astype(np.float64)
+    pairs *= tasks["h1"] - tasks["h0"]
+    partial = tasks["area"] < _span(bands, "q") * _span(bands, "k")
+    return float(pairs[partial].sum() / max(pairs.sum(), 1.0))
+
+
 def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
     """Counts the work of a schedule for a kernel with these blocks."""
     tasks = schedule.tasks
@@ -140,11 +148,8 @@ def load_of(schedule: Schedule, block_rows: int, block_keys: int) -> Load:
 
     block = block_rows if schedule.direction == "forward" else block_keys
     longest = _longest_block(schedule, block) * flops_per_pair(schedule)
-    pairs = computed_pairs(tasks, schedule.matrices, block_rows, block_keys) * heads
-    partial = tasks["area"] < _span(bands, "q") * _span(bands, "k")
     return Load(
-        pairs=table(flat, pairs),
-        partial=table(flat, pairs * partial),
+        pairs=table(flat, computed_pairs(tasks, schedule.matrices, block_rows, block_keys) * heads),
         rows=table(flat, _up(_span(bands, "q"), block_rows) * heads),
         keys=table(flat, _up(_span(bands, "k"), block_keys) * heads),
         tiles=table(flat, None),

@@ -8,7 +8,7 @@ import pytest
 
 from ringattn.benchmarks import fit_simulator, validate_simulator
 from ringattn.benchmarks.simulator import fitting
-from ringattn.benchmarks.simulator.attention import Prices, partial_share
+from ringattn.benchmarks.simulator.attention import Prices, partial_of
 from ringattn.benchmarks.simulator.calibration_file import dump_calibration, load_calibration
 from ringattn.benchmarks.simulator.effects import effects_of, noise_of
 from ringattn.benchmarks.simulator.figures import Figures
@@ -221,7 +221,7 @@ def test_the_share_of_partial_tiles_follows_the_plan(tmp_path):
         for m, k in names
     ]
     rows = read(write(tmp_path / "t.csv", *made))
-    shares = [partial_share(row) for row in rows]
+    shares = [partial_of(row) for row in rows]
     assert shares[:3] == [1.0, 0.0, 1.0]
     assert 0 < shares[3] < 0.5  # zigzag: the tiles of a rank's own chunks
     assert [any(n.startswith("partial") for n in effects_of(row)) for row in rows] == [

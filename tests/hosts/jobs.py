@@ -16,10 +16,11 @@ from typing import IO
 
 from tests.hosts.network import Host, Network
 from tests.launch.training import REPOSITORY
+from tests.ranks import TIMEOUT
 
 # Any port is free in a namespace where nothing else runs, outside of what clients are given.
 PORT = 29400
-STARTUP_S = 500.0  # a busy machine imports torch slowly, in twice as many processes as ranks
+STARTUP_S = TIMEOUT  # a busy machine imports torch slowly, in twice as many processes as ranks
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -166,14 +166,14 @@ def sound_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def train_outcomes(
-    values: dict[str, Any], patch: Callable[[], Any] | None = None, timeout: float = 500.0
+    values: dict[str, Any], patch: Callable[[], Any] | None = None
 ) -> list[tuple[str | None, str]]:
     """Trains on pooled ranks; returns each rank's `UserError`, if any, and what it said on stderr.
 
     `patch` makes a context in which every rank trains.
     """
     config = config_from_values(values)
-    return run_ranks(config.world, _outcome, values, patch, timeout=timeout)
+    return run_ranks(config.world, _outcome, values, patch)
 
 
 def _outcome(

@@ -27,7 +27,6 @@ from tests.launch.training import (
     write_config,
 )
 
-# Commands start three processes that import torch, which takes long on a busy machine.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 

@@ -13,8 +13,6 @@ from tests.launch.corpora import write_jsonl
 from tests.launch.engines import OFFLOADS, SHARDED
 from tests.launch.training import assert_parity, tiny_values, train_pooled, uneven_corpus
 
-# The first run in each pool of ranks imports DeepSpeed and half of torch.
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,8 +31,6 @@ from tests.launch.checkpoints import stored_tensors
 from tests.launch.engines import ENGINES, OFFLOADS
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
-# The first run in a pool of ranks imports DeepSpeed.
-
 RULES = FaultsConfig(
     on_nonfinite="skip", on_spike="rollback", spike_factor=2.0, spike_window=3, max_in_a_row=3
 )

@@ -26,7 +26,6 @@ from tests.launch.training import (
 )
 from tests.pairwise import drawn_pairwise, pairwise
 
-# The first run in each pool of ranks imports DeepSpeed and half of torch.
 TOLERANCE = 1e-5
 SOURCES = ("ringattn", "kernels", "parallel", "launch")
 Case = dict[str, Any]

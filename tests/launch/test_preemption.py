@@ -21,7 +21,6 @@ from tests.launch.training import (
     write_config,
 )
 
-# Commands start three processes that import torch, which takes long on a busy machine.
 STEPS = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -23,8 +23,6 @@ from tests.launch.training import (
     write_config,
 )
 
-# Commands start three processes that import torch, which takes long on a busy machine.
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,8 +18,6 @@ from ringattn.launch.straggler import OwnWork, Stragglers, TimedAttend, slowest
 from tests.launch.engines import ENGINES
 from tests.launch.training import tiny_values, train_pooled, uneven_corpus
 
-# The first run in a pool of ranks imports DeepSpeed.
-
 
 def test_a_rank_is_named_once_and_again_after_it_recovered() -> None:
     found = Stragglers(FaultsConfig(straggler_factor=1.5, straggler_steps=3))

@@ -18,7 +18,6 @@ from tests.launch.training import (
     write_config,
 )
 
-# Commands start three processes that import torch, which takes long on a busy machine.
 MESHES = {
     "cp2": {"parallel.cp": 2},
     "cp4": {"parallel.cp": 4},

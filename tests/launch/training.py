@@ -34,7 +34,7 @@ from ringattn.launch.train import check_before_start
 from ringattn.launch.trainer import Trainer
 from ringattn.parallel.grads import GradientBuckets
 from tests.launch.corpora import write_jsonl
-from tests.ranks import run_ranks
+from tests.ranks import TIMEOUT, run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -82,13 +82,11 @@ def tiny_values(corpus: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]
 Mutation = str | Callable[[], Any] | None  # a name of MUTATIONS, or what makes a patch
 
 
-def train_pooled(
-    values: dict[str, Any], mutation: Mutation = None, timeout: float = 500.0
-) -> list[dict[str, Any]]:
-    """Trains on pooled ranks, within `timeout` seconds; returns the lines of metrics.jsonl."""
+def train_pooled(values: dict[str, Any], mutation: Mutation = None) -> list[dict[str, Any]]:
+    """Trains on pooled ranks; returns the lines of metrics.jsonl."""
     config = config_from_values(values)
     check_before_start(config)
-    run_ranks(config.world, _train_on_rank, values, mutation, timeout=timeout)
+    run_ranks(config.world, _train_on_rank, values, mutation)
     return read_lines(Path(config.run.dir) / METRICS_FILE)
 
 
@@ -266,14 +264,14 @@ def command(
         )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 500.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Waits for a command; returns exit code, stdout, stderr. Kills its whole group when late."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"no end within {timeout:g} s\n{out}\n{err}") from None
+        raise AssertionError(f"no end within {TIMEOUT:g} s\n{out}\n{err}") from None
     return process.returncode, out, err
 
 
@@ -281,10 +279,9 @@ def run_command(
     *arguments: str,
     launcher: tuple[str, ...] = (),
     outer: tuple[str, ...] = (),
-    timeout: float = 500.0,
 ) -> tuple[int, str, str]:
     """Runs ``ringattn ARGUMENTS`` to its end."""
-    return finish(command(*arguments, launcher=launcher, outer=outer), timeout)
+    return finish(command(*arguments, launcher=launcher, outer=outer))
 
 
 def graphs_without_a_compiler() -> Any:
